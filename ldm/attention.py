@@ -1,0 +1,266 @@
+"""Attention: the one door to its kernels, and the transformers that let latents see each other and the text.
+
+Parameter names are those of diffusers' modules (`to_out.0`, `ff.net.0.proj`): the field's file format.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoencoder.layers import AttentionBlock, scaled_dot_product, to_image, to_tokens
+
+Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # (q, k, v, heads) -> (B, N, heads * D)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, backend: str = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(D)) v in each head (Vaswani et al. 2017, eq. 1), by the kernels of `backend`.
+
+    q: (B, N, heads * D). k, v: (B, M, heads * D). Returns (B, N, heads * D). Every kernel keeps its sums
+    and the softmax in float32, so nothing overflows in half precision.
+    Raises ValueError if the backend cannot run here; `check_backend` says so beforehand.
+    """
+    return BACKENDS[backend](q, k, v, heads)
+
+
+def memory_efficient(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """xformers' kernels (Rabe & Staats 2021; Dao et al. 2022). Shapes as in `attention`."""
+    check_backend("xformers", q.device)
+    from xformers.ops import memory_efficient_attention
+
+    try:
+        heads_apart = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))  # (B, N, heads, D), views
+        return memory_efficient_attention(*heads_apart).flatten(2)
+    except NotImplementedError as error:
+        shape = f"{heads} heads of {q.shape[-1] // heads} channels, {q.dtype}"
+        raise ValueError(
+            f"attention backend 'xformers' has no kernel for {shape}; use 'sdpa' or 'auto'"
+        ) from error
+
+
+def fastest(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """The kernel that was fastest for this shape on this CUDA device; elsewhere torch's own.
+
+    Timed once a shape. The batch size is no part of it: batch mates must not change an image's kernel.
+    """
+    if not q.is_cuda or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return scaled_dot_product(q, k, v, heads)
+    shape = (q.device, q.dtype, heads, q.shape[1:], k.shape[1:], torch.is_grad_enabled() and q.requires_grad)
+    if shape not in _fastest:
+        kernels = (
+            [scaled_dot_product] if _why_not_xformers(q.device) else [scaled_dot_product, memory_efficient]
+        )
+        _fastest[shape] = min(kernels, key=lambda kernel: _milliseconds(kernel, q, k, v, heads))
+    return _fastest[shape](q, k, v, heads)
+
+
+_fastest: dict[tuple[object, ...], Kernel] = {}  # what `fastest` has measured in this process
+BACKENDS: dict[str, Kernel] = {"auto": fastest, "sdpa": scaled_dot_product, "xformers": memory_efficient}
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raises ValueError, which says why, if there is no such backend or it cannot run on this device."""
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r}: expected {', '.join(BACKENDS)}")
+    reason = _why_not_xformers(device) if backend == "xformers" else ""
+    if reason:
+        raise ValueError(f"attention backend 'xformers' cannot run: {reason}; use 'sdpa' or 'auto'")
+
+
+@cache
+def _why_not_xformers(device: torch.device) -> str:
+    """Why its kernels cannot run on this device; empty if they can. Imports it only where CUDA is present."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device and the model is on {device.type}"
+    if importlib.util.find_spec("xformers") is None:
+        return "it is not installed (pip install xformers)"
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        probe = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device=device)
+        memory_efficient_attention(probe, probe, probe)
+    except (ImportError, NotImplementedError, RuntimeError) as error:  # built for another torch, CUDA or GPU
+        reason = str(error).partition("\n")[0]
+        return f"its build does not fit this GPU or torch {torch.__version__} ({reason})"
+    return ""
+
+
+def _milliseconds(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, heads: int, repeats: int = 5) -> float:
+    """Time of one call, with its backward pass where q needs a gradient; infinite if it cannot run."""
+    backward = torch.is_grad_enabled() and q.requires_grad
+    q, k, v = (x.detach().requires_grad_(backward) for x in (q, k, v))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    try:
+        for repeat in range(repeats + 1):  # the first one warms up
+            if repeat == 1:
+                start.record()
+            out = kernel(q, k, v, heads)
+            if backward:
+                torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    except (ValueError, RuntimeError):
+        return float("inf")
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / repeats
+
+
+class CrossAttention(nn.Module):
+    """x (B, N, C) looks at context (B, M, context_channels): (B, N, C)."""
+
+    def __init__(self, channels: int, context_channels: int, *, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.backend = "auto"
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_channels, channels, bias=False)
+        self.to_v = nn.Linear(context_channels, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def keys_values(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M, C) each. Depends on the text alone, so it is the same in every step of a sampling run."""
+        return self.to_k(context), self.to_v(context)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        k, v = self.keys_values(x, context)
+        return self.to_out[0](attention(self.to_q(x), k, v, self.heads, self.backend))
+
+
+class SelfAttention(CrossAttention):
+    """x (B, N, C) looks at itself; the context is not used."""
+
+    def __init__(self, channels: int, *, heads: int) -> None:
+        super().__init__(channels, channels, heads=heads)
+
+    def keys_values(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.to_k(x), self.to_v(x)
+
+
+class GEGLU(nn.Module):
+    """(..., in) -> (..., out): a linear map, gated by the GELU of another (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_channels, 2 * out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """(B, N, C) -> (B, N, C), four times as wide inside."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            GEGLU(channels, 4 * channels),
+            nn.Identity(),  # the place of diffusers' dropout, which no UNet turns on: it keeps the name net.2
+            nn.Linear(4 * channels, channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """(B, N, C) -> (B, N, C): attention among the latents, attention to the text, feed-forward."""
+
+    def __init__(
+        self, channels: int, context_channels: int, *, heads: int, only_cross_attention: bool
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = (
+            CrossAttention(channels, context_channels, heads=heads)
+            if only_cross_attention
+            else SelfAttention(channels, heads=heads)
+        )
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = CrossAttention(channels, context_channels, heads=heads)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x), context)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """(B, C, h, w) and context (B, M, context_channels) -> (B, C, h, w) (Rombach et al. 2022, app. E.2.1)."""
+
+    def __init__(
+        self,
+        channels: int,
+        context_channels: int,
+        *,
+        heads: int,
+        layers: int = 1,
+        groups: int = 32,
+        only_cross_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = self.projection(channels)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(
+                channels, context_channels, heads=heads, only_cross_attention=only_cross_attention
+            )
+            for _ in range(layers)
+        )
+        self.proj_out = self.projection(channels)
+
+    def projection(self, channels: int) -> nn.Module:
+        return nn.Linear(channels, channels)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, h * w, C)"""
+        return self.proj_in(to_tokens(x))
+
+    def leave(self, tokens: Tensor, like: Tensor) -> Tensor:
+        """(B, h * w, C) -> (B, C, h, w)"""
+        return to_image(self.proj_out(tokens), like)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        tokens = self.enter(self.norm(x))
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return x + self.leave(tokens, like=x)  # x first: the sum takes its memory layout
+
+
+class ConvSpatialTransformer(SpatialTransformer):
+    """The same with its projections stored as 1x1 convolutions, as in Stable Diffusion 1."""
+
+    def projection(self, channels: int) -> nn.Module:
+        return nn.Conv2d(channels, channels, 1)
+
+    def enter(self, x: Tensor) -> Tensor:
+        return to_tokens(self.proj_in(x))
+
+    def leave(self, tokens: Tensor, like: Tensor) -> Tensor:
+        return self.proj_out(to_image(tokens, like))
+
+
+class SelfAttentionBlock(AttentionBlock):
+    """(B, C, h, w) -> (B, C, h, w): ADM's attention (Dhariwal & Nichol 2021, section 3), through our door."""
+
+    backend = "auto"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, self.heads, self.backend)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """context: not used; the transformer that takes this layer's place needs it."""
+        return super().forward(x)
+
+
+class NoAttention(nn.Module):
+    """x, as it is: the attention of a level that has none."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return x

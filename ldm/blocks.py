@@ -1,0 +1,187 @@
+"""The parts of the UNet: its embeddings, its resnets and its three kinds of level.
+
+Parameter names are those of diffusers' modules (`time_emb_proj`, `linear_1`): the field's file format. What a
+configuration can choose are classes and functions here, given to a level when it is built.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoencoder.layers import ResnetBlock
+
+
+def timestep_embedding(t: Tensor, channels: int, *, cos_first: bool, freq_shift: float) -> Tensor:
+    """Sines and cosines of t at frequencies from 1 to 1/10000 (Vaswani et al. 2017, section 3.5).
+
+    t: (B,), any number type. Returns (B, channels) float32.
+    """
+    half = channels // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
+    angle = t.float()[:, None] * torch.exp(-math.log(10000) * exponent)
+    parts = (angle.cos(), angle.sin()) if cos_first else (angle.sin(), angle.cos())
+    return F.pad(torch.cat(parts, dim=1), (0, channels % 2))
+
+
+class TimeEmbedding(nn.Module):
+    """(B, in) -> temb (B, E), by two linear maps."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_channels, channels)
+        self.linear_2 = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ClassEmbedding(nn.Embedding):
+    """temb (B, E) plus a learned vector of each sample's class."""
+
+    def forward(self, temb: Tensor, class_labels: Tensor | None) -> Tensor:  # type: ignore[override]
+        if class_labels is None:
+            raise ValueError(
+                f"this UNet is conditioned on {self.num_embeddings} classes: pass class_labels, (B,) int64"
+            )
+        return temb + super().forward(class_labels)
+
+
+class NoClasses(nn.Module):
+    """temb, as it is: for a UNet without classes."""
+
+    def forward(self, temb: Tensor, class_labels: Tensor | None) -> Tensor:
+        if class_labels is not None:
+            raise ValueError(
+                "class_labels given, but this UNet has no classes (num_class_embeds is null in its config)"
+            )
+        return temb
+
+
+Resample = Callable[[Tensor, Sequence[int] | None], Tensor]  # (x, size to reach) -> x of another size
+
+
+def keep(x: Tensor, size: Sequence[int] | None) -> Tensor:
+    """(B, C, H, W), as it is."""
+    return x
+
+
+def halve(x: Tensor, size: Sequence[int] | None) -> Tensor:
+    """(B, C, H, W) -> (B, C, H / 2, W / 2), the mean of each 2x2; odd sizes round down."""
+    return F.avg_pool2d(x, 2)
+
+
+def enlarge(x: Tensor, size: Sequence[int] | None) -> Tensor:
+    """(B, C, h, w) -> (B, C, *size), nearest neighbour."""
+    return F.interpolate(x, size=size, mode="nearest")
+
+
+class TimeResnet(ResnetBlock):
+    """(B, in, H, W) and temb (B, E) -> (B, out, H, W): the time shifts every channel (Ho et al. 2020)."""
+
+    numbers = 1  # that each channel gets from temb
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        temb_channels: int,
+        resample: Resample = keep,
+        groups: int = 32,
+        eps: float = 1e-5,
+        drop: float = 0.0,
+    ) -> None:
+        """resample: halve or enlarge where this resnet changes the size (ADM's BigGAN blocks)."""
+        super().__init__(in_channels, out_channels, groups=groups, eps=eps, drop=drop)
+        self.time_emb_proj = nn.Linear(temb_channels, self.numbers * out_channels)
+        self.resample = resample
+
+    def modulate(self, h: Tensor, time: Tensor) -> Tensor:
+        """(B, out, H, W), normalised, with `time` (B, numbers * out, 1, 1) worked in."""
+        return self.norm2(h + time)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, temb: Tensor, *, size: Sequence[int] | None = None
+    ) -> Tensor:
+        h = self.conv1(self.resample(F.silu(self.norm1(x)), size))
+        h = self.modulate(h, self.time_emb_proj(F.silu(temb))[:, :, None, None])
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.conv_shortcut(self.resample(x, size)) + h
+
+
+class ScaleShiftResnet(TimeResnet):
+    """The time scales and shifts every normalised channel: AdaGN (Dhariwal & Nichol 2021, eq. 1)."""
+
+    numbers = 2
+
+    def modulate(self, h: Tensor, time: Tensor) -> Tensor:
+        scale, shift = time.chunk(2, dim=1)
+        return self.norm2(h) * (1 + scale) + shift
+
+
+class DownBlock(nn.Module):
+    """One level on the way down: resnets, each with its attention, then half the size."""
+
+    def __init__(
+        self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module], downsamplers: Iterable[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList(downsamplers)
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | None) -> list[Tensor]:
+        """Every intermediate result, for the way up; the last one is the level's output."""
+        skips = []
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = attention(resnet(x, temb), context)
+            skips.append(x)
+        return skips + [downsample(x, temb) for downsample in self.downsamplers]
+
+
+class MidBlock(nn.Module):
+    """The smallest level: a resnet, then attention and a resnet where there is attention."""
+
+    def __init__(self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
+        first, *rest = self.resnets
+        x = first(x, temb)
+        for attention, resnet in zip(self.attentions, rest, strict=True):
+            x = resnet(attention(x, context), temb)
+        return x
+
+
+class NoMidBlock(nn.Module):
+    """x, as it is."""
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
+        return x
+
+
+class UpBlock(nn.Module):
+    """One level on the way up: resnets that see the skips, each with its attention, then twice the size."""
+
+    def __init__(
+        self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module], upsamplers: Iterable[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.upsamplers = nn.ModuleList(upsamplers)
+
+    def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor | None) -> Tensor:
+        """Takes its skips off the end of the list; grows to the size of the next one, so odd sizes fit."""
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = attention(resnet(torch.cat([x, skips.pop()], dim=1), temb), context)
+        for upsample in self.upsamplers:
+            x = upsample(x, temb, size=skips[-1].shape[2:])
+        return x
