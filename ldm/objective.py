@@ -1,0 +1,69 @@
+"""What training minimises: one loss for the three kinds of prediction, its weights and its timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .schedule import Level, NoiseSchedule, Prediction
+
+Weight = Callable[[Level, Prediction], Tensor]
+
+
+def no_weight(level: Level, kind: Prediction) -> Tensor:
+    """1 everywhere: L_simple (Ho et al. 2020, eq. 14)."""
+    return torch.ones_like(torch.as_tensor(level.sigma))
+
+
+def min_snr(level: Level, kind: Prediction, gamma: float = 5.0) -> Tensor:
+    """Min-SNR-gamma (Hang et al. 2023, section 3.4), in a form that survives SNR = 0.
+
+    eps: min(SNR, gamma) / SNR, as published. v: min(SNR + 1, gamma) / (SNR + 1), and x0: min(SNR + 1, gamma).
+    The paper's v and x0 have min(SNR, gamma) there, 0 at zero SNR, where a model of v or x0 still has an
+    image to predict. Written with 1 / (SNR + 1) = sigma**2, so that nothing divides by 0.
+    """
+    alpha, sigma = torch.as_tensor(level.alpha), torch.as_tensor(level.sigma)
+    if kind == "eps":
+        return (gamma * (sigma / alpha) ** 2).clamp(max=1)
+    if kind == "v":
+        return (gamma * sigma**2).clamp(max=1)
+    return (sigma**-2).clamp(max=gamma)
+
+
+WEIGHTS: dict[str, Weight] = {"none": no_weight, "min_snr": min_snr}
+
+
+def stratified_timesteps(count: int, T: int, u: float) -> Tensor:
+    """(count,) int64 timesteps of one global batch: (u + i / count) mod 1, one in each stratum of [0, T).
+
+    The low-discrepancy sampler of Kingma et al. 2021 (VDM), appendix I.1. u: one draw from [0, 1).
+    """
+    part = (u + torch.arange(count, dtype=torch.float64) / count) % 1
+    return (part * T).long()
+
+
+def diffusion_loss(
+    unet: Callable[[Tensor, Tensor, Tensor], Tensor],
+    schedule: NoiseSchedule,
+    x0: Tensor,
+    context: Tensor,
+    kind: Prediction,
+    noise: Tensor,
+    t: Tensor,
+    weight: Weight = no_weight,
+) -> Tensor:
+    """The weighted mean squared error of the prediction, a value a sample: (B,). Ho et al. 2020, eq. 14.
+
+    x0, noise: (B, C, h, w) float32, scaled latents and a standard normal draw. t: (B,) int64.
+    context: (B, N, D), or what else the unet takes there.
+    Raises ValueError if kind is eps and the schedule ends at zero SNR.
+    """
+    schedule.require(kind)
+    level = schedule.at(t, like=x0)
+    xt = level.alpha * x0 + level.sigma * noise
+    target = {"eps": noise, "x0": x0, "v": level.alpha * noise - level.sigma * x0}[kind]
+    error = F.mse_loss(unet(xt, t.to(x0.device), context).float(), target, reduction="none")
+    return (weight(level, kind) * error).flatten(1).mean(1)

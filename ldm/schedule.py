@@ -1,0 +1,199 @@
+"""The noise schedule (what happens to the data) and the timesteps (where a run looks at it).
+
+Everything is float64 on the CPU and variance-preserving. alpha may be 0 at the noisiest level (zero SNR).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Prediction = Literal["eps", "v", "x0"]
+Spacing = Literal["leading", "linspace", "trailing", "karras", "log_snr"]
+
+NO_SIGNAL = "eps says nothing about x0 where alpha = 0 (zero terminal SNR): use a model that predicts v or x0"
+
+
+class Level(NamedTuple):
+    """A noise level, xt = alpha * x0 + sigma * noise: floats in a run, tensors (B, 1, 1, 1) in training."""
+
+    t: float | Tensor
+    alpha: float | Tensor
+    sigma: float | Tensor
+
+
+def to_x0(prediction: Tensor, xt: Tensor, level: Level, kind: Prediction) -> Tensor:
+    """x0 from a prediction of eps (Ho et al. 2020, eq. 15), of v (Salimans & Ho 2022, section 4) or of x0.
+
+    Raises ValueError for eps at a level whose alpha is the number 0.
+    """
+    _, alpha, sigma = level
+    if kind == "v":
+        return alpha * xt - sigma * prediction
+    if kind == "eps":
+        if not isinstance(alpha, Tensor) and alpha == 0:
+            raise ValueError(NO_SIGNAL)
+        return (xt - sigma * prediction) / alpha
+    return prediction
+
+
+def to_eps(x0: Tensor, xt: Tensor, level: Level) -> Tensor:
+    """The eps that belongs to an answer x0, by xt = alpha * x0 + sigma * eps."""
+    return (xt - level.alpha * x0) / level.sigma
+
+
+def to_v(x0: Tensor, xt: Tensor, level: Level) -> Tensor:
+    """The v = alpha * eps - sigma * x0 (Salimans & Ho 2022, section 4) that belongs to an answer x0."""
+    return (level.alpha * xt - x0) / level.sigma
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """Where a run calls the model. t: (S,) float64, noisiest first; alpha, sigma: (S + 1,), with the end."""
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+    @classmethod
+    def from_ratio(cls, t: Tensor, ratio: Tensor, end: float = 1.0) -> Timesteps:
+        """From Karras' noise levels ratio = sigma / alpha (S,), infinite at alpha = 0; end: the last alpha.
+
+        Raises ValueError if two timesteps share a level, as where more are asked for than there are levels.
+        """
+        if not (ratio[:-1] > ratio[1:]).all():
+            raise ValueError(f"{len(t)} steps share noise levels in this spacing: ask for fewer")
+        alpha = torch.cat([(1 + ratio**2).rsqrt(), torch.tensor([end], dtype=torch.float64)])
+        sigma = torch.cat([(1 + ratio**-2).rsqrt(), torch.tensor([1 - end**2], dtype=torch.float64).sqrt()])
+        return cls(t, alpha, sigma)
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def __iter__(self) -> Iterator[Level]:
+        return map(Level, self.t.tolist(), self.alpha.tolist(), self.sigma.tolist())
+
+    def skip(self, count: int) -> Timesteps:
+        """Without the noisiest count: image-to-image starts there."""
+        return Timesteps(self.t[count:], self.alpha[count:], self.sigma[count:])
+
+    @property
+    def log_snr(self) -> Tensor:
+        """log(alpha / sigma), (S + 1,): lambda of DPM-Solver; -inf where alpha = 0, inf where sigma = 0."""
+        return self.alpha.log() - self.sigma.log()
+
+
+def lay_out(
+    T: int, count: int, spacing: str, *, offset: int = 0, points: int | None = None, whole: bool = True
+) -> Tensor:
+    """(count,) of the T training timesteps, noisiest first: Lin et al. 2024, table 2.
+
+    offset: added to "leading" ones. points: lay out so many, keep the first count. whole: round "linspace".
+    Raises ValueError if count is not between 1 and T, or spacing unknown.
+    """
+    if not 1 <= count <= T:
+        raise ValueError(f"{count} steps: ask for 1 to {T}, the model has no more noise levels")
+    points = points or count
+    index = torch.arange(points, dtype=torch.float64)
+    if spacing == "leading":
+        return (index * (T // points) + offset).flip(0)[:count]
+    if spacing == "linspace":
+        t = index * ((T - 1) / max(points - 1, 1))
+        return (t.round() if whole else t).clamp(max=T - 1).flip(0)[:count]
+    if spacing == "trailing":
+        return (T - index[:count] * (T / count)).round() - 1
+    raise ValueError(f"timestep spacing {spacing!r}: expected leading, linspace or trailing")
+
+
+def curve(first: Tensor, last: Tensor, count: int, spacing: str) -> Tensor:
+    """(count,) noise levels sigma / alpha from first to last: Karras et al. 2022, eq. 5, or even in log_snr.
+
+    Raises ValueError if first is infinite: no curve starts at zero SNR.
+    """
+    if first.isinf():
+        raise ValueError(f"{spacing} spacing cannot start at zero SNR: use trailing spacing")
+    ramp = torch.linspace(0, 1, count, dtype=torch.float64)
+    if spacing == "log_snr":
+        return first.log().lerp(last.log(), ramp).exp()
+    rho = 7  # the paper's choice, section 3
+    return (first ** (1 / rho)).lerp(last ** (1 / rho), ramp) ** rho
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The forward process. alpha, sigma: (T,) float64, alpha**2 + sigma**2 = 1; t = 0 is the cleanest."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+    @classmethod
+    def from_betas(cls, betas: Tensor) -> NoiseSchedule:
+        """alpha_bar = prod(1 - beta): Ho et al. 2020, eq. 4."""
+        alpha_bar = (1 - betas.double()).cumprod(0)
+        return cls(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
+    @classmethod
+    def linear(cls, beta_start: float = 0.0001, beta_end: float = 0.02, T: int = 1000) -> NoiseSchedule:
+        """beta linear in t: Ho et al. 2020, section 4."""
+        return cls.from_betas(torch.linspace(beta_start, beta_end, T, dtype=torch.float64))
+
+    @classmethod
+    def scaled_linear(
+        cls, beta_start: float = 0.00085, beta_end: float = 0.012, T: int = 1000
+    ) -> NoiseSchedule:
+        """sqrt(beta) linear in t: the schedule of Stable Diffusion 1 and 2 (Rombach et al. 2022)."""
+        return cls.from_betas(torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2)
+
+    @classmethod
+    def cosine(cls, T: int = 1000) -> NoiseSchedule:
+        """Nichol & Dhariwal 2021, eq. 17, with beta at most 0.999: "squaredcos_cap_v2" in diffusers."""
+        t = torch.arange(T + 1, dtype=torch.float64) / T
+        alpha_bar = ((t + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+        return cls.from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))
+
+    def zero_terminal_snr(self) -> NoiseSchedule:
+        """alpha shifted and scaled: the last is exactly 0, the first stays. Lin et al. 2024, algorithm 1."""
+        first, last = self.alpha[0], self.alpha[-1]
+        alpha = (self.alpha - last) * (first / (first - last))
+        return NoiseSchedule(alpha, (1 - alpha**2).sqrt())
+
+    def require(self, kind: Prediction) -> None:
+        """Raises ValueError if kind is eps and the schedule ends at zero SNR."""
+        if kind == "eps" and self.alpha[-1] == 0:
+            raise ValueError(NO_SIGNAL)
+
+    @property
+    def ratio(self) -> Tensor:
+        """Karras' noise level sigma / alpha, (T,), growing; infinite where alpha = 0."""
+        return self.sigma / self.alpha
+
+    def at(self, t: Tensor, like: Tensor) -> Level:
+        """The levels of timesteps t (B,) int64, as (B, 1, 1, 1) tensors of the dtype and device of like."""
+        shape = (-1, *[1] * (like.ndim - 1))
+        alpha, sigma = (table.to(t.device)[t].to(like).view(shape) for table in (self.alpha, self.sigma))
+        return Level(t, alpha, sigma)
+
+    def ratio_at(self, t: Tensor) -> Tensor:
+        """sigma / alpha at timesteps t (S,), linear between whole ones as in k-diffusion."""
+        low, high = self.ratio[t.floor().long()], self.ratio[t.ceil().long()]
+        return torch.where(low == high, low, low.lerp(high, t.frac()))
+
+    def t_at(self, ratio: Tensor) -> Tensor:
+        """The timesteps (S,), not whole, of ratio = sigma / alpha: linear in its log, as in k-diffusion."""
+        table, log_ratio = self.ratio.log(), ratio.log()
+        low = (torch.searchsorted(table, log_ratio, right=True) - 1).clamp(0, len(table) - 2)
+        part = (log_ratio - table[low]) / (table[low + 1] - table[low])
+        return low + part.clamp(0, 1)
+
+    def timesteps(self, count: int, spacing: Spacing = "trailing") -> Timesteps:
+        """count timesteps that end at the data, alpha = 1; what diffusers' classes do is in scheduler.py."""
+        if spacing in ("karras", "log_snr"):
+            ratio = curve(self.ratio[-1], self.ratio[0], count, spacing)
+            return Timesteps.from_ratio(self.t_at(ratio), ratio)
+        t = lay_out(len(self.alpha), count, spacing)
+        return Timesteps.from_ratio(t, self.ratio_at(t))

@@ -1,0 +1,106 @@
+"""Guidance is a function of the model's answers; interval and rescale do what the papers say."""
+
+import math
+
+import pytest
+import torch
+
+from ldm.guidance import classifier_free, conditional
+from ldm.schedule import Level, NoiseSchedule
+
+SCHEDULE = NoiseSchedule.scaled_linear()
+CONTEXT, UNCOND = torch.randn(2, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+
+
+def level_at(t: float, schedule: NoiseSchedule = SCHEDULE) -> Level:
+    return Level(t, schedule.alpha[int(t)].item(), schedule.sigma[int(t)].item())
+
+
+class Unet:
+    """Answers with a map of xt that its context shifts, and remembers the batches it was called with."""
+
+    def __init__(self, dtype=torch.float32):
+        self.batches, self.dtype = [], dtype
+
+    def __call__(self, xt, t, context):
+        assert t.shape == (len(xt),)
+        assert len(context) == len(xt)
+        self.batches.append(len(xt))
+        shift = context.mean((1, 2)).view(-1, 1, 1, 1) * torch.linspace(-3, 5, xt.shape[-1])
+        return (0.5 * xt + shift + 0.001 * t.view(-1, 1, 1, 1)).to(self.dtype)
+
+
+@pytest.fixture
+def xt():
+    return torch.randn(3, 4, 5, 7)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+def test_scale_one_is_no_guidance(kind, xt):
+    unet = Unet()
+    guided = classifier_free(unet, CONTEXT, UNCOND, 1.0, kind, rescale=0.7)(xt, level_at(500))
+    assert torch.equal(guided, conditional(unet, CONTEXT, kind)(xt, level_at(500)))
+    assert unet.batches == [3, 3]
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+@pytest.mark.parametrize("scale", [0.0, 0.4, 3.0, 7.5])
+def test_guidance_extrapolates_the_answers(kind, scale, xt):
+    unet, level = Unet(), level_at(300)
+    x0 = classifier_free(unet, CONTEXT, UNCOND, scale, kind)(xt, level)
+    assert unet.batches == [6]
+    with_text, without = (conditional(unet, c, kind)(xt, level) for c in (CONTEXT, UNCOND))
+    torch.testing.assert_close(x0, without + scale * (with_text - without), atol=2e-5, rtol=1e-5)
+
+
+def test_same_context_is_no_guidance(xt):
+    x0 = classifier_free(Unet(), CONTEXT, CONTEXT, 7.5, "v")(xt, level_at(300))
+    torch.testing.assert_close(x0, conditional(Unet(), CONTEXT, "v")(xt, level_at(300)))
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
+def test_rescale_is_that_of_lin_et_al(rescale, xt):
+    """Equations 15 and 16, on the prediction, with the deviation over each image."""
+    with_text, without = (Unet()(xt, torch.full((3,), 300.0), c) for c in (CONTEXT, UNCOND))
+    guided = without + 7.5 * (with_text - without)
+    ratio = with_text.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
+    expected = rescale * guided * ratio + (1 - rescale) * guided
+    x0 = classifier_free(Unet(), CONTEXT, UNCOND, 7.5, "x0", rescale=rescale)(xt, level_at(300))
+    torch.testing.assert_close(x0, expected)
+    if rescale == 1:
+        torch.testing.assert_close(x0.std((1, 2, 3)), with_text.std((1, 2, 3)))
+
+
+def test_interval_guides_inside_only(xt):
+    """The levels outside cost one call of the plain batch, zero SNR among them."""
+    unet = Unet()
+    denoise = classifier_free(unet, CONTEXT, UNCOND, 4.0, "v", interval=(-1.69, 1.27))
+    everywhere = classifier_free(Unet(), CONTEXT, UNCOND, 4.0, "v")
+    inside = []
+    zero_snr = SCHEDULE.zero_terminal_snr()
+    for t in range(0, 1000, 111):
+        level = level_at(t, zero_snr)
+        log_snr = math.log(level.alpha / level.sigma) if level.alpha else -math.inf
+        inside.append(-1.69 <= log_snr <= 1.27)
+        expected = everywhere if inside[-1] else conditional(Unet(), CONTEXT, "v")
+        assert torch.equal(denoise(xt, level), expected(xt, level))
+    assert unet.batches == [6 if within else 3 for within in inside]
+    assert True in inside
+    assert inside[0] is inside[-1] is False
+
+
+def test_answers_are_float32_and_an_image_does_not_depend_on_its_batch(xt):
+    denoise = classifier_free(Unet(torch.bfloat16), CONTEXT, UNCOND, 4.0, "v", rescale=0.5)
+    x0 = denoise(xt, level_at(300))
+    assert x0.dtype == torch.float32
+    alone = classifier_free(Unet(torch.bfloat16), CONTEXT[1:2], UNCOND[1:2], 4.0, "v", rescale=0.5)
+    torch.testing.assert_close(alone(xt[1:2], level_at(300)), x0[1:2])
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(ValueError, match=r"rescale=1.5: expected 0 \(none\) to 1 \(full\)"):
+        classifier_free(Unet(), CONTEXT, UNCOND, 4.0, "v", rescale=1.5)
+    with pytest.raises(ValueError, match=r"interval \(2.0, -1.0\) is empty"):
+        classifier_free(Unet(), CONTEXT, UNCOND, 4.0, "v", interval=(2.0, -1.0))
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        conditional(Unet(), CONTEXT, "eps")(torch.zeros(3, 4, 5, 7), Level(999.0, 0.0, 1.0))

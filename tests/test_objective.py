@@ -1,0 +1,101 @@
+"""The loss is the paper's for the three kinds of prediction, its weights finite, its timesteps even."""
+
+import pytest
+import torch
+
+from ldm.objective import WEIGHTS, diffusion_loss, min_snr, stratified_timesteps
+from ldm.schedule import Level, NoiseSchedule, to_x0
+
+SCHEDULE = NoiseSchedule.scaled_linear()
+ZERO_SNR = SCHEDULE.zero_terminal_snr()
+T_OF_BATCH = torch.tensor([0, 500, 999])
+
+
+def batch():
+    x0, noise = torch.randn(2, 3, 4, 5, 7)
+    return x0, torch.randn(3, 6, 8), noise
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+def test_a_perfect_model_has_no_loss(kind):
+    """And what it predicts converts back to x0 where the schedule has any signal."""
+    x0, context, noise = batch()
+
+    def perfect(xt, t, context):
+        level = SCHEDULE.at(t, like=xt)
+        torch.testing.assert_close(xt, level.alpha * x0 + level.sigma * noise)
+        prediction = {"eps": noise, "v": level.alpha * noise - level.sigma * x0, "x0": x0}[kind]
+        torch.testing.assert_close(to_x0(prediction, xt, level, kind), x0, atol=2e-5, rtol=1e-4)
+        return prediction
+
+    loss = diffusion_loss(perfect, SCHEDULE, x0, context, kind, noise, T_OF_BATCH)
+    assert loss.tolist() == [0, 0, 0]
+
+
+def test_loss_is_a_mean_of_squares_for_each_sample():
+    x0, context, noise = batch()
+    off = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1)
+
+    def unet(xt, t, given):
+        assert given is context
+        assert t.dtype == torch.int64
+        return noise + off
+
+    loss = diffusion_loss(unet, SCHEDULE, x0, context, "eps", noise, T_OF_BATCH)
+    torch.testing.assert_close(loss, torch.tensor([1.0, 4.0, 9.0]))
+    weighed = diffusion_loss(unet, SCHEDULE, x0, context, "eps", noise, T_OF_BATCH, WEIGHTS["min_snr"])
+    snr = (SCHEDULE.alpha / SCHEDULE.sigma)[T_OF_BATCH] ** 2
+    torch.testing.assert_close(weighed, (loss * snr.clamp(max=5) / snr).float())
+
+
+def test_loss_is_float32_whatever_the_model_computes_in():
+    x0, context, noise = batch()
+    loss = diffusion_loss(lambda xt, t, c: xt.bfloat16(), SCHEDULE, x0, context, "v", noise, T_OF_BATCH)
+    assert loss.dtype == torch.float32
+
+
+def test_eps_at_zero_snr_is_refused():
+    x0, context, noise = batch()
+    with pytest.raises(ValueError, match=r"zero terminal SNR.*v or x0"):
+        diffusion_loss(lambda xt, t, c: xt, ZERO_SNR, x0, context, "eps", noise, T_OF_BATCH)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+def test_weights_are_finite_and_positive_down_to_zero_snr(name, kind):
+    t = torch.arange(1000)
+    weight = WEIGHTS[name](ZERO_SNR.at(t, like=torch.zeros(1, 4, 5, 7)), kind)
+    assert weight.shape == (1000, 1, 1, 1)
+    assert weight.isfinite().all()
+    assert (weight > 0).all()
+
+
+def test_min_snr_is_the_papers_where_the_signal_is_strong():
+    """For v and x0 SNR + 1 stands for SNR: the same above gamma, and not 0 below."""
+    level = Level(0.0, SCHEDULE.alpha, SCHEDULE.sigma)
+    snr = (level.alpha / level.sigma) ** 2
+    torch.testing.assert_close(min_snr(level, "eps"), snr.clamp(max=5) / snr)
+    torch.testing.assert_close(min_snr(level, "v"), (snr + 1).clamp(max=5) / (snr + 1))
+    torch.testing.assert_close(min_snr(level, "x0", gamma=3.0), (snr + 1).clamp(max=3))
+    torch.testing.assert_close(min_snr(level, "v") * (snr + 1), min_snr(level, "x0"))  # one loss, two ways
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 1000, 1700])
+@pytest.mark.parametrize("u", [0.0, 0.37, 1 - 2**-53])
+def test_timesteps_are_on_the_schedule(count, u):
+    t = stratified_timesteps(count, 1000, u)
+    assert t.dtype == torch.int64
+    assert t.shape == (count,)
+    assert t.min() >= 0
+    assert t.max() <= 999
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 125])
+def test_timesteps_are_one_in_each_stratum(count):
+    t = stratified_timesteps(count, 1000, u=0.3712345)
+    assert torch.bincount(t * count // 1000, minlength=count).tolist() == [1] * count
+
+
+def test_timesteps_are_uniform_over_u():
+    draws = torch.cat([stratified_timesteps(3, 10, (i + 0.5) / 1000) for i in range(1000)])
+    assert torch.bincount(draws, minlength=10).tolist() == pytest.approx([300] * 10, abs=3)
