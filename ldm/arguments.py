@@ -1,0 +1,156 @@
+"""The arguments of `python -m ldm.generate`: what they are, and what they and a picture's recipe come to.
+
+Imports no torch, so help and errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ldm import options
+from ldm.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+EXAMPLES = """
+examples:
+  python -m ldm.generate "a red fox in snow"
+  python -m ldm.generate "a red fox in snow" --num-images 4 --seed 7 --output fox.png
+  python -m ldm.generate "a red fox in snow" --model FOLDER --steps 30 --sampler dpmpp_2m
+  python -m ldm.generate --from fox.png                 the same picture again, bit for bit
+  python -m ldm.generate --from fox.png --seed 8        the same recipe with another seed
+
+The path of the picture is printed on standard output, everything else on standard error.
+Exit status: 0 done, 2 the request cannot be met (nothing was written), 130 interrupted.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line that name the nearest option."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: -"):
+            wrong = message.split()[2]
+            near = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
+            message = f"unknown option {wrong}" + (f"; did you mean {near[0]}?" if near else "")
+        self.exit(2, f"error: {message} (see python -m ldm.generate --help)\n")
+
+
+def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Text to a number where it is one; what is not is left for the checks, which know what is expected."""
+
+    def convert(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+
+    return convert
+
+
+WHOLE, REAL = {"type": _number(int), "metavar": "N"}, {"type": _number(float), "metavar": "X"}
+PIXELS = {"type": _number(int), "metavar": "PIXELS"}
+SWITCH = {"action": "store_true"}
+Table = dict[str, dict[str, Any]]
+
+WHAT: Table = {
+    "from": {
+        "dest": "source",
+        "metavar": "PNG",
+        "help": "prompt and options of a picture; those given here win",
+    },
+    "negative-prompt": {"metavar": "TEXT", "help": "what the picture should not look like"},
+    "width": {**PIXELS, "help": "a multiple of 8, at most 4096; the size the model was trained on is best"},
+    "height": {**PIXELS, "help": "likewise"},
+    "num-images": {**WHOLE, "help": "draw N, with seeds that follow each other, and a grid of them"},
+    "seed": {**WHOLE, "help": "0 to 2**63 - 1; the same seed gives the same picture; drawn if left out"},
+}
+HOW: Table = {
+    "model": {
+        "metavar": "MODEL",
+        "help": "a Stable Diffusion 1 or 2 folder or hub id; else the bundled small model",
+    },
+    "variant": {"metavar": "NAME", "help": "weight files of that name, such as fp16"},
+    "steps": {**WHOLE, "help": "1 to 1000: more is slower and, up to about 50, better"},
+    "guidance-scale": {**REAL, "help": "1 to 100: how closely to follow the prompt; 1 is no guidance"},
+    "guidance-rescale": {**REAL, "help": "0 to 1: tames the contrast of strong guidance; 0.7 is usual"},
+    "sampler": {
+        "metavar": "NAME",
+        "help": "the solver, such as ddim, euler_a or dpmpp_2m: see --list-samplers",
+    },
+    "clip-skip": {**WHOLE, "help": "leave out the last N layers of the text encoder"},
+    "dtype": {
+        "choices": ["auto", *DTYPES],
+        "help": "precision; auto is bf16 where the hardware has it, else fp32",
+    },
+    "device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1 or mps; the fastest if left out"},
+}
+WHERE: Table = {
+    "output": {
+        "metavar": "PATH",
+        "help": "a .png, or a folder; else here, named by the prompt and a counter",
+    },
+    "overwrite": {**SWITCH, "help": "write over a picture that is there"},
+    "show-steps": {**SWITCH, "help": "also write NAME-steps.png: how the picture came out of the noise"},
+    "no-metadata": {**SWITCH, "help": "do not write the recipe into the picture"},
+    "progress": {"choices": ["bar", "json", "none"], "help": "on standard error; else a bar on a terminal"},
+}
+
+
+def make_parser() -> Parser:
+    """The options. None stands for what the picture of --from has, and then for the model's own default."""
+    parser = Parser(
+        prog="python -m ldm.generate",
+        usage="python -m ldm.generate PROMPT [options]",
+        description="Draws the picture that a prompt describes.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("prompt", nargs="?", help='what to draw, such as "a red fox in snow"')
+    parser.add_argument(
+        "--list-samplers", action="store_true", help="print the names of the samplers and end"
+    )
+    for title, table in (("what to draw", WHAT), ("how to draw it", HOW), ("where it goes", WHERE)):
+        group = parser.add_argument_group(title)
+        for name, settings in table.items():
+            group.add_argument(f"--{name}", **settings)
+    return parser
+
+
+def settle(args: argparse.Namespace) -> tuple[dict[str, Any], Recipe | None]:
+    """The options by Recipe's names, from the command line, else from --from, and that picture's recipe.
+
+    Raises ValueError for what cannot be.
+    """
+    recipe, settled = None, {}
+    if args.source is not None:
+        from ldm.picture import read_recipe
+
+        found = read_recipe(Path(args.source))
+        if isinstance(found, Recipe):
+            recipe, settled = found, dataclasses.asdict(found)
+        else:
+            settled = {name: value for name, value in found.items() if not name.startswith("model")}
+            log.warning("%s is from another program: this picture will differ from it", args.source)
+    late = ("dtype", "device")  # settled once torch is there
+    ours = {field.name for field in dataclasses.fields(Recipe) if field.name not in late}
+    settled |= {name: value for name, value in vars(args).items() if name in ours and value is not None}
+    if settled.get("prompt") is None:
+        raise ValueError('no prompt: python -m ldm.generate "a red fox in snow"')
+    for name in ("prompt", "negative_prompt"):
+        options.check_prompt(settled.get(name, ""), name)
+    options.check_steps(settled.get("steps", 1))
+    options.check_guidance(settled.get("guidance_scale", 1), settled.get("guidance_rescale", 0))
+    options.check_size(settled.get("height", 64), settled.get("width", 64))
+    options.check_count(settled.setdefault("num_images", 1))
+    options.check_seed(settled.get("seed", 0), settled["num_images"])
+    options.check_clip_skip(settled.get("clip_skip", 0))
+    return settled, recipe

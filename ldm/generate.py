@@ -1,0 +1,271 @@
+"""The command line: `python -m ldm.generate "a red fox in snow"` draws a picture and prints where it is.
+
+torch is imported once the arguments are known to be good, so help and errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm import options
+from ldm.arguments import DTYPES, make_parser, settle
+from ldm.picture import check_output, free_path, grid, save_picture
+from ldm.recipe import A1111, Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from ldm.pipeline import LatentDiffusionPipeline
+
+log = logging.getLogger(__name__)
+
+BUNDLED = "bundled"  # the name of the model that comes with the package
+STRIP = 8  # pictures of an image in the strip of --show-steps
+
+
+def outputs(args: argparse.Namespace, prompt: str, count: int) -> list[Path]:
+    """Where the picture, or the grid and then its pictures, and last the strip of --show-steps will be.
+
+    Raises ValueError if one of them cannot be written.
+    """
+    given = Path(args.output or "./").expanduser()
+    folder = not args.output or args.output.endswith("/") or os.path.isdir(given)
+    path = free_path(given, prompt) if folder else given
+    paths = [path]
+    if count > 1:
+        paths += [path.with_stem(f"{path.stem}-{index + 1}") for index in range(count)]
+    if args.show_steps:
+        paths.append(path.with_stem(f"{path.stem}-steps"))
+    for each in paths:
+        check_output(each, overwrite=args.overwrite)
+    return paths
+
+
+def find_device(name: str | None, recipe: Recipe | None) -> torch.device:
+    """The device by that name, that of the recipe, or the fastest. Raises ValueError if it is not here."""
+    import torch
+
+    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name is None and recipe is not None and usable.get(recipe.device):
+        name = recipe.device
+    name = name or next(each for each in ("cuda", "mps", "cpu") if usable[each])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    here = ", ".join(each for each in usable if usable[each])
+    if device is None or not usable.get(device.type):
+        raise ValueError(f"device={name!r} is not here: this machine has {here}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device={name!r}: there are {count} CUDA devices, counted from 0")
+    return device
+
+
+def check_same(recipe: Recipe, source: Recipe, asked: str | None) -> None:
+    """Warns of what makes a repeated picture another one.
+
+    Raises ValueError if the model is not that of the source, unless it was asked for by name.
+    """
+    if recipe.model_hash != source.model_hash:
+        made = f"the picture was made by {source.model} of hash {source.model_hash}"
+        text = f"{made}; {recipe.model} here has the hash {recipe.model_hash}"
+        if asked is None:
+            raise ValueError(f"{text}: name the right one with --model, or this one to go on with it")
+        log.warning(text)
+    for name in ("device", "dtype", "torch", "version"):
+        was, now = getattr(source, name), getattr(recipe, name)
+        if was != now:
+            log.warning("%s is %s and was %s: the picture may differ in its last bits", name, now, was)
+
+
+def prepare(
+    args: argparse.Namespace, settled: dict[str, Any], source: Recipe | None
+) -> tuple[LatentDiffusionPipeline, Recipe]:
+    """The pipeline and the whole recipe: the model's defaults complete it, and the seed is drawn.
+
+    Raises ValueError if there is no such sampler, device or model.
+    """
+    import torch
+
+    import ldm
+    from ldm import pipeline
+    from ldm.checkpoint import has_variant, model_hash
+    from ldm.hub import find_folder
+    from ldm.inputs import seeds_of
+    from ldm.solvers import SOLVERS
+
+    if "sampler" in settled:
+        options.check_choice("sampler", settled["sampler"], SOLVERS)
+    device = find_device(args.device, source)
+    wanted = DTYPES.get(args.dtype) or (source.dtype if source and args.dtype is None else None)
+    options.check_choice("dtype", wanted or "float32", DTYPES.values())
+    dtype = getattr(torch, wanted) if wanted else pipeline.default_dtype(device)
+    model, variant = settled.get("model") or BUNDLED, settled.get("variant")
+    if model == BUNDLED and not pipeline.BUNDLED.is_dir():
+        raise ValueError("this installation carries no bundled model: name a folder or a hub id with --model")
+    folder = pipeline.BUNDLED if model == BUNDLED else find_folder(model, variant)
+    with ThreadPoolExecutor(1) as beside:  # hashing lets go of the interpreter
+        special = variant and has_variant(folder / "unet", variant)
+        digest: Future[str] = beside.submit(model_hash, folder / "unet", variant if special else None)
+        pipe = pipeline.LatentDiffusionPipeline.from_pretrained(folder, dtype=dtype, variant=variant)
+        pipe.to(device)
+    height, width = pipe.default_size
+    chosen: dict[str, Any] = {
+        "steps": pipe.defaults.num_inference_steps,
+        "guidance_scale": pipe.defaults.guidance_scale,
+        "guidance_rescale": pipe.defaults.guidance_rescale,
+        "sampler": pipe.defaults.sampler or pipe.scheduler.solver,
+        "height": height,
+        "width": width,
+        "seed": settled["seed"] if "seed" in settled else seeds_of(None, settled["num_images"])[0],
+    }
+    facts = {
+        "model": model,
+        "model_hash": digest.result(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "version": ldm.__version__,
+        "torch": str(torch.__version__),
+    }
+    recipe = Recipe(**chosen | settled | facts)
+    options.check_size(recipe.height, recipe.width, pipe.vae.downsample_factor)
+    if source is not None:
+        check_same(recipe, source, args.model)
+    return pipe, recipe
+
+
+class Progress:
+    """How far the run is: a bar, a line of JSON for each step, or nothing."""
+
+    def __init__(self, kind: str | None, pipe: LatentDiffusionPipeline, images: int) -> None:
+        kind = kind or ("bar" if sys.stderr.isatty() else "none")
+        self.kind, self.pipe, self.images = kind, pipe, images
+
+    def begin(self, image: int) -> None:
+        """image: its number, from 1."""
+        description = f"image {image}/{self.images}" if self.images > 1 else None
+        self.pipe.set_progress_bar_config(disable=self.kind != "bar", leave=False, desc=description)
+        self.image = image
+
+    def step(self, index: int, total: int) -> None:
+        if self.kind == "json":
+            state = {"image": self.image, "images": self.images, "step": index + 1, "steps": total}
+            print(json.dumps(state), file=sys.stderr, flush=True)
+
+
+def draw(
+    pipe: LatentDiffusionPipeline, recipe: Recipe, progress: Progress, *, show_steps: bool
+) -> tuple[list[Image.Image], list[Image.Image]]:
+    """The pictures of a recipe, and those of their strips, STRIP an image or as many as there are steps.
+
+    Images are drawn one by one: each is, bit for bit, what its seed gives alone.
+    """
+    from ldm.pipeline import to_pil
+
+    total = len(pipe.tableau(recipe.steps, recipe.sampler).steps)
+    shown = {round(index * (total - 1) / max(min(STRIP, total) - 1, 1)) for index in range(min(STRIP, total))}
+    images, frames = [], []
+    for index in range(recipe.num_images):
+        seen: list[Any] = []
+
+        def watch(_: Any, step: int, t: int, tensors: dict[str, Any], seen: list[Any] = seen) -> None:
+            progress.step(step, total)
+            if show_steps and step in shown:
+                seen.append(tensors["x0"])
+
+        progress.begin(index + 1)
+        images += pipe(
+            recipe.prompt,
+            height=recipe.height,
+            width=recipe.width,
+            num_inference_steps=recipe.steps,
+            negative_prompt=recipe.negative_prompt or None,
+            guidance_scale=recipe.guidance_scale,
+            guidance_rescale=recipe.guidance_rescale,
+            sampler=recipe.sampler,
+            seed=recipe.seed + index,
+            clip_skip=recipe.clip_skip or None,
+            callback_on_step_end=watch,
+            callback_on_step_end_tensor_inputs=("x0",),
+        ).images
+        frames += [image for x0 in seen for image in to_pil(pipe.decode(x0))]
+    return images, frames
+
+
+def save(
+    paths: Sequence[Path],
+    recipe: Recipe,
+    images: Sequence[Image.Image],
+    frames: Sequence[Image.Image],
+    args: Any,
+) -> None:
+    """Writes the pictures to the paths of `outputs`, the one that is printed last."""
+    written: list[tuple[Path, Image.Image, Recipe]] = []
+    if len(images) > 1:
+        for index, (path, image) in enumerate(zip(paths[1:], images, strict=False)):
+            alone = dataclasses.replace(recipe, seed=recipe.seed + index, num_images=1)
+            written.append((path, image, alone))
+    if frames:
+        written.append((paths[-1], grid(frames, columns=len(frames) // len(images)), recipe))
+    written.append((paths[0], grid(images), recipe))
+    for path, image, made_by in written:
+        save_picture(image, path, None if args.no_metadata else made_by, overwrite=args.overwrite)
+
+
+def generate(args: argparse.Namespace) -> Path:
+    """Draws and writes what is asked for. The path of the picture, or of the grid of several.
+
+    Raises ValueError for what cannot be, before anything is written.
+    """
+    settled, source = settle(args)
+    paths = outputs(args, settled["prompt"], settled["num_images"])
+    pipe, recipe = prepare(args, settled, source)
+    progress = Progress(args.progress, pipe, recipe.num_images)
+    images, frames = draw(pipe, recipe, progress, show_steps=args.show_steps)
+    save(paths, recipe, images, frames, args)
+    return paths[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line: 0, or 1 where the machine fails, 2 where the request does, 130 on Ctrl-C."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        args = make_parser().parse_args(argv)
+        if args.list_samplers:
+            from ldm.solvers import SOLVERS
+
+            print("\n".join(f"{name:14}{A1111.get(name, '')}".rstrip() for name in SOLVERS))
+        else:
+            print(generate(args))
+        return 0
+    except KeyboardInterrupt:
+        message, status = "interrupted: nothing was written", 130
+    except ValueError as error:
+        message, status = f"error: {error}", 2
+    except OSError as error:  # such as a full disk
+        message, status = f"error: {error.filename or ''}: {error.strerror or error}", 1
+    except RuntimeError as error:
+        text = str(error)
+        if "memory" not in text:
+            raise
+        message, status = (
+            f"error: out of memory; a smaller --width and --height, or --dtype bf16 ({text[:100]!r})",
+            1,
+        )
+    print(message, file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

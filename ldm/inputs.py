@@ -1,0 +1,125 @@
+"""What a call of the pipeline is given, checked and made tensors: prompts to contexts, seeds to noise."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ldm import options
+from ldm.noise import Noise, start_noise, step_noise
+from text_encoder.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+Encode = Callable[[Sequence[str]], Tensor]  # prompts -> (B, N, D)
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+def prompt_list(prompt: str | Sequence[str] | None, name: str) -> list[str] | None:
+    """The prompts as a list. Raises ValueError unless they are None, a string or strings of valid Unicode."""
+    if prompt is None:
+        return None
+    if not isinstance(prompt, str | Sequence) or (not prompt and prompt != ""):
+        raise ValueError(f"{name}={prompt!r}: expected a string or a list of strings")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    for each in prompts:
+        options.check_prompt(each, name)
+    return prompts
+
+
+def what_is_cut(prompts: Sequence[str], tokenizer: Tokenizer, name: str) -> list[str]:
+    """Of each prompt the end that does not fit the text encoder, "" if it all does; warned about."""
+    cut = [tokenizer.cut(prompt) for prompt in prompts]
+    for end in filter(None, cut):
+        shown = end if len(end) <= 200 else f"{end[:100]} ... {end[-100:]}"
+        log.warning("the %s is too long; this end of it has no effect: %s", name, shown)
+    return cut
+
+
+def context_of(
+    prompts: list[str] | None, embeds: Tensor | None, encode: Encode, shape: Sequence[int | None], name: str
+) -> Tensor:
+    """The embeddings (B, N, D) of the prompts, or those given in their place.
+
+    shape: what to expect of (B, N, D), None for any; one prompt stands for all B.
+    Raises ValueError unless exactly one of prompts and embeds is given, or if they have another shape.
+    """
+    if (prompts is None) == (embeds is None):
+        raise ValueError(f"give either {name} or {name}_embeds")
+    if embeds is None:
+        assert prompts is not None
+        if shape[0] not in (None, len(prompts)) and len(prompts) != 1:
+            raise ValueError(f"{len(prompts)} of {name} for {shape[0]} prompts: give one, or one for each")
+        return encode(prompts).expand(shape[0] or -1, -1, -1)
+    if embeds.ndim != 3 or any(
+        want not in (None, have) for want, have in zip(shape, embeds.shape, strict=True)
+    ):
+        expected = ", ".join(
+            letter if want is None else str(want) for want, letter in zip(shape, "BND", strict=True)
+        )
+        raise ValueError(f"{name}_embeds has shape {tuple(embeds.shape)}: expected ({expected})")
+    return embeds
+
+
+def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """A seed an image: seed + i, those given, or drawn ones. Raises ValueError if a seed is out of range."""
+    if seed is None:
+        seed = secrets.randbits(32)  # as short as those that other programs take
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != count:
+            raise ValueError(f"{len(seed)} seeds for {count} images: give one for each, or the first")
+        for each in seed:
+            options.check_seed(each)
+        return list(seed)
+    options.check_seed(seed, count)
+    return [seed + index for index in range(count)]
+
+
+def from_generator(generator: Generators, count: int, shape: Sequence[int]) -> tuple[Tensor, Noise]:
+    """The first noise, (count, C, h, w), as diffusers draws it in float32, and the noise of the steps.
+
+    generator: one for all images, or a list with one for each. Seeds of steps are drawn when first needed.
+    Raises ValueError if there are not as many generators as images.
+    """
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    if not isinstance(generator, torch.Generator) and len(generators) != count:
+        raise ValueError(f"{len(generators)} generators for {count} images: give one for each, or one alone")
+    rows = count // len(generators)
+    xt = torch.cat(
+        [torch.randn(rows, *shape, generator=each, device=each.device).cpu() for each in generators]
+    )
+
+    @cache
+    def later() -> Noise:
+        seeds = [torch.randint(2**62, (rows,), generator=each, device=each.device) for each in generators]
+        return step_noise([int(seed) for row in seeds for seed in row], shape)
+
+    return xt, lambda step: later()(step)
+
+
+def first_noise(
+    count: int,
+    shape: Sequence[int],
+    seed: int | Sequence[int] | None,
+    generator: Generators | None,
+    latents: Tensor | None,
+) -> tuple[Tensor, Noise, list[int] | None]:
+    """The first noise (count, C, h, w), the noise of the steps, and the seeds (None with a generator).
+
+    shape: (C, h, w). Raises ValueError for seeds that cannot be, and for latents that are not such a batch.
+    """
+    if seed is not None and generator is not None:
+        raise ValueError("give either seed or generator")
+    if latents is not None and (tuple(latents.shape) != (count, *shape) or not latents.is_floating_point()):
+        found = f"{tuple(latents.shape)} of {latents.dtype}"
+        raise ValueError(f"latents are {found}: expected the first noise, {(count, *shape)} of floats")
+    if generator is not None:
+        xt, noise = from_generator(generator, count, shape)
+        return (xt if latents is None else latents), noise, None
+    seeds = seeds_of(seed, count)
+    return (start_noise(seeds, shape) if latents is None else latents), step_noise(seeds, shape), seeds

@@ -1,0 +1,114 @@
+"""What a picture may be asked for: one set of checks for Python and command line, and a model's own defaults.
+
+Imports no torch, so that a command line answers at once to what cannot be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+MAX_SIDE = 4096  # pixels
+MAX_STEPS = 1000  # the training timesteps of every model of this family
+MAX_IMAGES = 256  # of one call
+MAX_SEED = 2**63 - 1
+MAX_GUIDANCE = 100.0
+MAX_PROMPT = 1_000_000  # characters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a call uses for options it does not name: diffusers' values, or a folder's generation.json."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+    sampler: str | None = None  # None: what the scheduler's config.json names
+    height: int | None = None  # pixels; None: the size the UNet was trained at
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        check_steps(self.num_inference_steps)
+        check_guidance(self.guidance_scale, self.guidance_rescale)
+
+
+def check_steps(steps: int) -> None:
+    """Raises ValueError unless steps is a whole number from 1 to MAX_STEPS."""
+    if not _whole(steps) or not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps={steps!r}: expected a whole number from 1 to {MAX_STEPS}; 20 to 50 is usual")
+
+
+def check_guidance(scale: float, rescale: float = 0.0, interval: tuple[float, float] | None = None) -> None:
+    """Raises ValueError unless scale is 0 or 1 to MAX_GUIDANCE, rescale 0 to 1, and interval not empty."""
+    if not _number(scale) or not (scale == 0 or 1 <= scale <= MAX_GUIDANCE):
+        usual = "from 1 (no guidance; so is 0) to 100; 5 to 9 is usual"
+        raise ValueError(f"guidance_scale={scale!r}: expected a number {usual}")
+    if not _number(rescale) or not 0 <= rescale <= 1:
+        raise ValueError(f"guidance_rescale={rescale!r}: expected a number from 0 (off) to 1; 0.7 is usual")
+    if interval is not None:
+        pair = isinstance(interval, tuple | list) and len(interval) == 2 and all(map(_number, interval))
+        if not pair or not interval[0] < interval[1]:
+            raise ValueError(
+                f"guidance_interval={interval!r}: expected (low, high) in log(alpha / sigma), low < high"
+            )
+
+
+def check_size(height: int, width: int, multiple: int = 1) -> None:
+    """Raises ValueError unless both sides, in pixels, are multiples that a picture can have."""
+    low = max(multiple, 8)
+    for name, side in (("height", height), ("width", width)):
+        if not _whole(side) or not low <= side <= MAX_SIDE:
+            raise ValueError(f"{name}={side!r}: expected a whole number of pixels from {low} to {MAX_SIDE}")
+        if side % multiple:
+            near = side // multiple * multiple
+            also = f" or {near + multiple}" if near + multiple <= MAX_SIDE else ""
+            raise ValueError(f"{name}={side} is not a multiple of {multiple}: use {near}{also}")
+
+
+def check_count(count: int, prompts: int = 1) -> None:
+    """Raises ValueError unless count images of each prompt are 1 to MAX_IMAGES together."""
+    if not _whole(count) or not 1 <= count * prompts <= MAX_IMAGES:
+        of = f" for each of {prompts} prompts" if prompts > 1 else ""
+        raise ValueError(f"num_images={count!r}{of}: expected 1 to {MAX_IMAGES} images in a call")
+
+
+def check_seed(seed: int, count: int = 1) -> None:
+    """Raises ValueError unless seed and the count - 1 after it, one an image, are 0 to 2**63 - 1."""
+    if not _whole(seed) or not 0 <= seed <= MAX_SEED - (count - 1):
+        raise ValueError(
+            f"seed={seed!r}: expected a whole number from 0 to 2**63 - {count}; without it one is drawn"
+        )
+
+
+def check_prompt(prompt: str, name: str = "prompt") -> None:
+    """Raises ValueError unless prompt is a string of valid Unicode, of at most MAX_PROMPT characters."""
+    if not isinstance(prompt, str):
+        raise ValueError(f"{name} is a {type(prompt).__name__}: expected a string or a list of strings")
+    if len(prompt) > MAX_PROMPT:
+        raise ValueError(f"{name} has {len(prompt)} characters: expected at most {MAX_PROMPT}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        where = f"at character {error.start}: {prompt[error.start]!a}"
+        raise ValueError(f"{name} is not valid Unicode {where}") from None
+
+
+def check_clip_skip(count: int) -> None:
+    """Raises ValueError unless count is a whole number from 0; how many there are, the text encoder knows."""
+    if not _whole(count) or count < 0:
+        raise ValueError(f"clip_skip={count!r}: expected a number of layers to leave out, 0 or more")
+
+
+def check_choice(name: str, value: object, known: Iterable[str]) -> None:
+    """Raises ValueError, with those that are, unless value is one of the known strings."""
+    if value not in list(known):
+        raise ValueError(f"{name}={value!r} is unknown: expected one of {', '.join(known)}")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
