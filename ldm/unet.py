@@ -343,19 +343,6 @@ class UNet(nn.Module):
             if isinstance(module, ResnetBlock | AttentionBlock | SpatialTransformer):
                 recompute(module)
 
-    @torch.no_grad()
-    def zero_residuals(self) -> None:
-        """For training from nothing: every residual branch, and the UNet itself, starts as the zero function.
-
-        As in the code of Dhariwal & Nichol 2021 and of Rombach et al. 2022; diffusers does not do it.
-        """
-        last_layers: list[nn.Module] = [self.conv_out]
-        last_layers += [m.conv2 for m in self.modules() if isinstance(m, ResnetBlock)]
-        last_layers += [m.proj_out for m in self.modules() if isinstance(m, SpatialTransformer)]
-        for layer in last_layers:
-            for parameter in layer.parameters():
-                parameter.zero_()
-
     @staticmethod
     def rename_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Old names of the attention layers to today's."""

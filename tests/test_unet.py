@@ -273,25 +273,6 @@ def test_bfloat16_weights_answer_in_the_type_of_xt():
     assert unet(xt, t, context).dtype == torch.float32
 
 
-def test_zero_residuals():
-    """The zero function, and all of it learns within a few steps."""
-    unet = tiny()
-    unet.zero_residuals()
-    xt, t, context, _ = inputs(unet.config, (4, 6))
-    assert (unet(xt, t, context) == 0).all()
-    before = copy.deepcopy(unet.state_dict())
-    optimizer = torch.optim.Adam(unet.parameters(), 1e-3)
-    losses = []
-    for _ in range(5):
-        loss = (unet(xt, t, context) - xt[:, :3]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses == sorted(losses, reverse=True)
-    assert all(not torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())
-
-
 def test_classes_are_asked_for():
     xt, t, context, labels = inputs(UNetConfig(**ODD), (4, 6))
     with pytest.raises(ValueError, match="7 classes: pass class_labels"):

@@ -1,0 +1,411 @@
+"""The training loop: what it promises about repeating, resuming, stopping and going wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
+from ldm.checkpoint import load_model, save_model
+from ldm.unet import UNetConfig
+from tests.tiny import CAPTIONS
+from train import record
+from train.autoencoding import AutoencoderRecipe, Autoencoding
+from train.checkpoint import load_checkpoint
+from train.data import DataConfig
+from train.diffusion import DiffusionRecipe, LatentDiffusion, TextConfig
+from train.latents import CacheKey, Latents, compute_latents
+from train.loop import FitConfig, fit
+from train.optim import OptimConfig
+from train.plan import Draw, normal
+
+ROOT = Path(__file__).parent.parent
+OPTIM = OptimConfig(lr=3e-3, warmup_steps=4)
+VAE = AutoencoderKLConfig(
+    block_out_channels=(8, 16),
+    down_block_types=("DownEncoderBlock2D",) * 2,
+    up_block_types=("UpDecoderBlock2D",) * 2,
+    norm_num_groups=4,
+    mid_block_add_attention=False,
+)
+UNET = UNetConfig(
+    sample_size=8,
+    block_out_channels=(16, 32),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=8,
+    attention_head_dim=2,
+    cross_attention_dim=24,
+)
+TEXT = TextConfig(width=24, layers=1, heads=2, vocab_size=600, max_length=16)
+
+
+class Toy:
+    """A linear regression with dropout, which draws from the global generator."""
+
+    def __init__(self, poison: Callable[[int], bool] = lambda step: False, stop_after: int = 0) -> None:
+        torch.manual_seed(0)
+        self.module: nn.Module = ToyModule()
+        self.length, self.facts = 10, {"width": 5}
+        self.poison, self.stop_after = poison, stop_after
+        self.seen: list[int] = []
+
+    def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
+        self.seen += [draw.index for draw in draws]
+        if draws[0].step + 1 == self.stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        x = normal(draws, (5,), "noise") + torch.tensor([[float(draw.index)] for draw in draws]) / 10
+        return {"x": x / 0 if self.poison(draws[0].step) else x}
+
+    def preview(self) -> Image.Image:
+        return Image.new("RGB", (2, 2))
+
+    def export(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "weight.json").write_text(json.dumps(self.module.state_dict()["linear.weight"].tolist()))
+
+
+class ToyModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(5, 1), nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        error = (self.linear(self.dropout(x))[:, 0] - x.sum(1)).square()
+        return error, {"size": x.abs().mean(1)}
+
+
+def toy_config(output: Path, **options: Any) -> FitConfig:
+    base = FitConfig(output=str(output), steps=20, batch_size=4, optim=OPTIM, workers=0, precision="fp32")
+    return replace(base, **{"save_every": 6, "sample_every": 10, **options})
+
+
+def losses(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "samples_per_second"} for line in lines]
+
+
+def state(folder: Path, step: int) -> dict[str, str]:
+    """sha256 of the weights, their average and the optimizer after `step`."""
+    manifest = json.loads((folder / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
+    return {name: entry["sha256"] for name, entry in manifest.items() if name.endswith(".safetensors")}
+
+
+def latents(count: int = 12) -> Latents:
+    """Made-up latents with the captions of the tiny pipeline."""
+    rng = torch.Generator().manual_seed(0)
+    mean = torch.randn(count, 4, 8, 6, generator=rng).half()
+    captions = [[CAPTIONS[i % 3], CAPTIONS[(i + 1) % 3]] for i in range(count)]
+    return Latents(mean, torch.full_like(mean, 0.1), captions, CacheKey("", "made up", count, (4, 8, 6)))
+
+
+def diffusion_recipe(output: Path, **options: Any) -> DiffusionRecipe:
+    base = DiffusionRecipe(
+        output=str(output), steps=20, batch_size=4, autoencoder="", unet=UNET, text_encoder=TEXT, optim=OPTIM
+    )
+    return replace(base, **{"sample_every": 0, "precision": "fp32", **options})
+
+
+@pytest.fixture
+def autoencoder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    save_model(AutoencoderKL(VAE), tmp_path / "autoencoder")
+    return tmp_path / "autoencoder"
+
+
+def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, stop_after: int = 0) -> LatentDiffusion:
+    task = LatentDiffusion(recipe, autoencoder, latents())
+    plain = task.batch
+
+    def batch(draws: list[Draw]) -> dict[str, Tensor]:
+        if draws[0].step + 1 == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(draws)
+
+    task.batch = batch  # type: ignore[method-assign]
+    outcome = fit(task, recipe)
+    assert outcome.step == (stop_after or recipe.steps)
+    assert outcome.exit_code == (75 if stop_after else 0)
+    return task
+
+
+def test_20_steps_equal_7_and_resume_and_13(tmp_path, autoencoder):
+    """Bit for bit: weights, average, optimizer and the logged losses, with a SIGTERM in step 7."""
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train_diffusion(diffusion_recipe(whole, workers=1), autoencoder)
+    train_diffusion(diffusion_recipe(halves, workers=0), autoencoder, stop_after=7)
+    assert [line["step"] for line in losses(halves)] == list(range(1, 8))
+    train_diffusion(diffusion_recipe(halves, workers=2), autoencoder)
+    assert state(halves, 20) == state(whole, 20)
+    assert losses(halves) == losses(whole)
+
+
+def test_golden_losses(tmp_path, autoencoder):
+    """What should not change results must reproduce these; the tolerance is that between kinds of CPU.
+
+    When a change is meant to change them, write `measured` there and say so.
+    """
+    train_diffusion(diffusion_recipe(tmp_path / "run"), autoencoder)
+    measured = [line["loss"] for line in losses(tmp_path / "run")]
+    golden = [float(line) for line in (ROOT / "tests/assets/loss_tiny.txt").read_text().split()]
+    assert measured == pytest.approx(golden, rel=1e-4)
+
+
+def test_diffusion_learns_one_batch(tmp_path, autoencoder):
+    recipe = diffusion_recipe(tmp_path / "run", steps=60, optim=replace(OPTIM, lr=1e-2))
+    task = LatentDiffusion(recipe, autoencoder, latents(count=4))
+    fit(task, recipe)
+    curve = [line["loss"] for line in losses(tmp_path / "run")]
+    assert sum(curve[-10:]) < 0.8 * sum(curve[:10])
+
+
+def test_autoencoder_learns_one_batch_and_measures_its_scale(tmp_path):
+    recipe = AutoencoderRecipe(
+        output=str(tmp_path / "run"),
+        steps=40,
+        batch_size=4,
+        model=VAE,
+        data=DataConfig(size=16, length=4),
+        optim=replace(OPTIM, lr=5e-3),
+        sample_every=40,
+        measured=3,
+    )
+    task = Autoencoding(recipe)
+    outcome = fit(task, recipe)
+    curve = [line["loss"] for line in losses(tmp_path / "run")]
+    assert curve[-1] < 0.5 * curve[0]
+    exported = json.loads((outcome.model / "config.json").read_text())
+    image = torch.stack([task.image(i) for i in range(3)])
+    assert exported["scaling_factor"] != VAE.scaling_factor
+    assert exported["shift_factor"] is None
+    assert Image.open(tmp_path / "run/samples/step-00000040.png").size == (4 * 16 + 6, 2 * 16 + 2)
+    # latents scaled by it have unit variance
+    data = compute_latents(recipe.data, outcome.model, tmp_path / "latents")
+    assert data.mean.shape == (4, 4, 8, 8)
+    z = task.vae.encode(image).mean
+    assert z.std().item() * exported["scaling_factor"] < 10
+    with pytest.raises(ValueError, match="latents of another data"):
+        compute_latents(replace(recipe.data, scene_seed=1), outcome.model, tmp_path / "latents")
+
+
+def test_a_decoder_goes_on_learning_and_latents_stay_valid(tmp_path, autoencoder):
+    """With train_encoder=false the encoder and the latent scale stay as they were, bit for bit."""
+    data, cache = DataConfig(size=16, length=4), tmp_path / "latents"
+    before = load_model(AutoencoderKL, autoencoder)
+    compute_latents(data, autoencoder, cache)
+    recipe = AutoencoderRecipe(
+        output=str(tmp_path / "run"),
+        steps=5,
+        batch_size=2,
+        model=VAE,
+        data=data,
+        optim=OPTIM,
+        sample_every=0,
+        measured=2,
+        start=str(autoencoder),
+        train_encoder=False,
+    )
+    outcome = fit(Autoencoding(recipe), recipe)
+    after = load_model(AutoencoderKL, outcome.model)
+    assert after.config == before.config
+    assert {
+        name.split(".")[0]
+        for name, value in after.state_dict().items()
+        if not torch.equal(value, before.state_dict()[name])
+    } == {"decoder", "post_quant_conv"}
+    compute_latents(data, outcome.model, cache)  # a cache of another encoder would be refused
+    with pytest.raises(ValueError, match="not of the recipe's model"):
+        Autoencoding(replace(recipe, model=replace(VAE, latent_channels=3)))
+    with pytest.raises(ValueError, match="train_encoder=false needs start"):
+        replace(recipe, start=None)
+
+
+def test_latents_are_read_back_and_a_stale_cache_is_refused(tmp_path, autoencoder):
+    data, folder = DataConfig(size=16, length=3), tmp_path / "latents"
+    first = compute_latents(data, autoencoder, folder)
+    again = compute_latents(data, autoencoder, folder)
+    assert torch.equal(first.mean, again.mean)
+    assert torch.equal(first.std, again.std)
+    assert first.captions == again.captions
+    vae = AutoencoderKL(VAE)
+    save_model(vae, autoencoder)
+    with pytest.raises(ValueError, match="another autoencoder"):
+        compute_latents(data, autoencoder, folder)
+    (folder / "cache.json").unlink()
+    shard = next(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:50])
+    with pytest.raises(ValueError, match="is damaged"):
+        compute_latents(data, autoencoder, folder)
+
+
+def test_a_frozen_text_encoder_is_not_trained_and_not_saved(tmp_path, autoencoder, tiny_pipeline):
+    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
+    text = TextConfig(train=False, path=str(tmp_path / "pipeline"))
+    task = train_diffusion(diffusion_recipe(tmp_path / "run", steps=4, text_encoder=text), autoencoder)
+    checkpoint = load_checkpoint(tmp_path / "run/checkpoints/step-00000004")
+    assert all(name.startswith("unet.") for name in checkpoint.tensors["model"])
+    for name, value in tiny_pipeline.text_encoder.state_dict().items():
+        assert torch.equal(task.text_encoder.state_dict()[name], value)
+
+
+def test_captions_are_chosen_and_dropped_by_count(tmp_path, autoencoder):
+    recipe = diffusion_recipe(tmp_path / "run")
+    task = LatentDiffusion(recipe, autoencoder, latents())
+    draws = [Draw(index=0, step=step, position=0, count=1, seed=0) for step in range(400)]
+    chosen = task.choose_captions(draws)
+    assert chosen == task.choose_captions(draws)
+    assert set(chosen) == {"", *latents().captions[0]}
+    assert 20 < chosen.count("") < 60  # a tenth of 400
+
+
+def test_timesteps_are_stratified_over_the_global_batch(tmp_path, autoencoder):
+    task = LatentDiffusion(diffusion_recipe(tmp_path / "run"), autoencoder, latents())
+    draws = [Draw(index=i, step=3, position=i, count=8, seed=0) for i in range(8)]
+    whole = task.batch(draws)["t"]
+    assert sorted(t * 8 // 1000 for t in whole.tolist()) == list(range(8))
+    assert torch.equal(torch.cat([task.batch(draws[:3])["t"], task.batch(draws[3:])["t"]]), whole)
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path):
+    class Plain(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module.dropout.p = 0.0
+
+    for name, micro in (("whole", 0), ("parts", 1)):
+        fit(Plain(), toy_config(tmp_path / name, micro_batch=micro))
+    whole, parts = (
+        load_checkpoint(tmp_path / name / "checkpoints/step-00000020") for name in ("whole", "parts")
+    )
+    torch.testing.assert_close(parts.tensors["model"], whole.tensors["model"])
+
+
+def test_what_a_run_leaves_behind(tmp_path):
+    task = Toy()
+    outcome = fit(task, toy_config(tmp_path, keep_last=2))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000018",
+        "step-00000020",
+    ]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "step-00000010.png",
+        "step-00000020.png",
+    ]
+    assert len(task.seen) == 80
+    lines = losses(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert lines[0].keys() == {"step", "loss", "size", "grad_norm", "lr", "skipped"}
+    average = load_checkpoint(tmp_path / "checkpoints/step-00000020").tensors["ema"]["linear.weight"]
+    assert json.loads((outcome.model / "weight.json").read_text()) == average.tolist()
+    assert "steps: 20" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_finished_run_says_so_and_writes_a_missing_export(tmp_path):
+    fit(Toy(), toy_config(tmp_path))
+    again = Toy()
+    assert fit(again, toy_config(tmp_path)).exit_code == 0
+    assert again.seen == []
+    (tmp_path / "exported.json").unlink()
+    (tmp_path / "model/weight.json").unlink()
+    fit(Toy(), toy_config(tmp_path))
+    assert (tmp_path / "model/weight.json").exists()
+
+
+def test_resuming_drops_metrics_after_the_checkpoint(tmp_path):
+    """A kill -9 between saves: what was logged after the last checkpoint happens again."""
+    fit(Toy(stop_after=9), toy_config(tmp_path, log_every=1))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "loss": 1}\n{"step": 11, "lo')
+    fit(Toy(), toy_config(tmp_path))
+    fit(Toy(), toy_config(tmp_path / "whole"))
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+    assert state(tmp_path, 20) == state(tmp_path / "whole", 20)
+
+
+def test_another_run_is_not_gone_on_with(tmp_path):
+    fit(Toy(stop_after=5), toy_config(tmp_path))
+    with pytest.raises(ValueError, match=r"batch_size: 4 then, 8 now\n  seed: 0 then, 1 now"):
+        fit(Toy(), toy_config(tmp_path, batch_size=8, seed=1))
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        fit(Toy(), toy_config(tmp_path, resume="none"))
+    outcome = fit(Toy(), toy_config(tmp_path, steps=10, optim=replace(OPTIM, lr=1e-4)))  # these may change
+    assert outcome.finished
+
+
+def test_non_finite_gradients_are_skipped_and_counted(tmp_path):
+    fit(Toy(poison=lambda step: step in (3, 4)), toy_config(tmp_path))
+    skipped = [line["skipped"] for line in losses(tmp_path)]
+    assert skipped == [0, 0, 0, 1] + [2] * 16
+    assert losses(tmp_path)[3]["loss"] is None
+    weight = load_checkpoint(tmp_path / "checkpoints/step-00000020").tensors["model"]["linear.weight"]
+    assert weight.isfinite().all()
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(tmp_path):
+    with pytest.raises(RuntimeError, match=r"10 steps in a row .* step 17.*step-00000012") as error:
+        fit(Toy(poison=lambda step: step >= 7), toy_config(tmp_path, save_every=6, keep_last=9))
+    assert "lower optim.lr" in str(error.value)
+
+
+def test_a_full_disk_does_not_end_the_run_but_the_last_save_does(tmp_path, monkeypatch, caplog):
+    from train import loop
+
+    def full(*args: object) -> Path:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(loop, "save_checkpoint", full)
+    with pytest.raises(RuntimeError, match="last state could not be saved: No space left"):
+        fit(Toy(), toy_config(tmp_path))
+    assert "no checkpoint at step 18, training goes on" in caplog.text
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    class Nested(Toy):
+        def preview(self) -> Image.Image:
+            with pytest.raises(ValueError, match="another run is writing"):
+                fit(Toy(), toy_config(tmp_path))
+            return super().preview()
+
+    fit(Nested(), toy_config(tmp_path))
+
+
+def test_an_output_that_cannot_be_is_refused_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    task = Toy()
+    with pytest.raises(ValueError, match="cannot be written"):
+        fit(task, toy_config(tmp_path / "file"))
+    assert task.seen == []
+
+
+def test_a_time_limit_saves_and_stops(tmp_path):
+    outcome = fit(Toy(), toy_config(tmp_path, max_minutes=1e-9))
+    assert (outcome.step, outcome.exit_code, outcome.reason) == (0, 75, "max_minutes")
+    assert fit(Toy(), toy_config(tmp_path)).finished
+
+
+def test_a_failing_tracker_is_left_out(tmp_path, monkeypatch, caplog):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("unreachable")
+
+    monkeypatch.setattr(record.Accelerator, "init_trackers", fail)
+    monkeypatch.setattr(record.Accelerator, "log", fail)
+    fit(Toy(), replace(toy_config(tmp_path, steps=4), tracker=None))
+    assert "unreachable" not in caplog.text
+    instance = record.Record(tmp_path, toy_config(tmp_path, tracker="tensorboard"), record.Accelerator())
+    instance.start_tracker()
+    instance.tracking = True
+    instance.track({"step": 1, "loss": 2.0})
+    assert not instance.tracking
+    assert caplog.text.count("unreachable") == 2

@@ -1,0 +1,77 @@
+"""Which samples make which batch, and that neither ranks nor threads change it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.plan import Draw, Plan, normal, uniform
+from train.readahead import ReadAhead
+
+
+def indices(draws: list[Draw]) -> list[int]:
+    return [draw.index for draw in draws]
+
+
+def test_every_epoch_is_a_permutation_and_batches_cross_its_border():
+    plan = Plan(length=10, batch_size=4, seed=1)
+    run = [index for step in range(5) for index in indices(plan.batch(step))]  # two epochs of 10
+    assert sorted(run[:10]) == sorted(run[10:]) == list(range(10))
+    assert run[:10] != run[10:]
+    assert indices(Plan(length=10, batch_size=4, seed=2).batch(0)) != run[:4]
+
+
+def test_a_batch_may_be_larger_than_the_data():
+    assert sorted(indices(Plan(length=3, batch_size=6, seed=0).batch(0))) == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 0), (1, 3), (2, 0), (2, 2), (3, 1), (6, 2)])
+def test_ranks_and_micro_batches_are_slices_of_one_batch(ranks, micro_batch):
+    whole = Plan(length=100, batch_size=12, seed=3).batch(7)
+    plan = Plan(length=100, batch_size=12, seed=3, ranks=ranks, micro_batch=micro_batch)
+    shared = [
+        draw for rank in range(ranks) for m in range(plan.micro_batches) for draw in plan.micro(7, m, rank)
+    ]
+    assert shared == whole
+    torch.testing.assert_close(
+        normal(shared, (2, 3), "noise"), normal(whole, (2, 3), "noise"), rtol=0, atol=0
+    )
+
+
+def test_draws_are_counted_by_purpose_step_and_position():
+    first, second = Plan(length=9, batch_size=2, seed=0).batch(4)
+    rows = normal([first, second], (50,), "noise")
+    assert torch.equal(rows[0], normal([first], (50,), "noise")[0])
+    for other in (normal([first], (50,), "posterior")[0], rows[1]):
+        assert not torch.equal(rows[0], other)
+    assert 0 <= uniform([first], "drop").item() < 1
+
+
+class Reader:
+    def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
+        return {"index": torch.tensor(indices(draws)), "noise": normal(draws, (2,), "noise")}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_threads_change_neither_order_nor_content(workers):
+    plan = Plan(length=7, batch_size=4, seed=0, ranks=2, micro_batch=1)
+    with ReadAhead(Reader(), plan, rank=1, step=5, workers=workers) as batches:
+        for step in range(5, 9):
+            for micro in range(2):
+                batch, draws = batches.next(), plan.micro(step, micro, rank=1)
+                assert batch["index"].tolist() == indices(draws)
+                assert torch.equal(batch["noise"], normal(draws, (2,), "noise"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 0}, "no sample"),
+        ({"ranks": 3}, "batch_size=8 is not divisible by 3 ranks: use 6 or 9"),
+        ({"ranks": 2, "micro_batch": 3}, "micro_batch=3 does not divide the 4 samples"),
+    ],
+)
+def test_what_does_not_divide_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(**{"length": 10, "batch_size": 8, "seed": 0, **options})

@@ -1,0 +1,108 @@
+"""The training scripts as commands: several ranks, started from anywhere, read by stock diffusers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ldm.pipeline import LatentDiffusionPipeline
+from tests.test_fit import OPTIM, ROOT, VAE, Toy, diffusion_recipe, losses, state, toy_config
+from train import train_autoencoder
+from train.autoencoding import AutoencoderRecipe
+from train.config import to_yaml
+from train.data import DataConfig
+from train.loop import fit
+
+RANKS = """
+import sys
+from pathlib import Path
+from tests.test_fit import Toy, toy_config
+from train.loop import fit
+folder, stop_after, rank = Path(sys.argv[1]), int(sys.argv[2]), int(__import__("os").environ["RANK"])
+task = Toy(stop_after=stop_after if rank == 1 else 0)  # only one rank is told to stop
+outcome = fit(task, toy_config(folder))
+(folder / f"seen-{stop_after}-{rank}").write_text(repr(task.seen))
+assert outcome.exit_code == (75 if stop_after else 0), outcome
+"""
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_bit_for_bit_and_see_what_one_rank_sees(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    torchrun = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+    )
+    whole, halves, alone = tmp_path / "whole", tmp_path / "halves", Toy()
+    run(*torchrun, whole, "0")
+    run(*torchrun, halves, "7")
+    run(*torchrun, halves, "0")
+    assert state(halves, 20) == state(whole, 20)
+    assert losses(halves) == losses(whole)
+    fit(alone, toy_config(tmp_path / "alone"))
+    seen = [json.loads((whole / f"seen-0-{rank}").read_text()) for rank in (0, 1)]
+    shares = [alone.seen[4 * step + 2 * rank :][:2] for step in range(20) for rank in (0, 1)]
+    assert [seen[i % 2][i // 2 * 2 :][:2] for i in range(40)] == shares
+    sizes = [[line["size"] for line in losses(folder)] for folder in (whole, tmp_path / "alone")]
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-6)  # the same noise; dropout differs between ranks
+
+
+@pytest.mark.slow
+def test_the_scripts_run_from_anywhere_and_stock_diffusers_reads_the_result(tmp_path):
+    """Autoencoder, latents, UNet and text encoder by one command that no path helps to find its packages."""
+    data = DataConfig(size=16, length=6)
+    stage = AutoencoderRecipe(
+        output="x", steps=2, batch_size=2, model=VAE, optim=replace(OPTIM, warmup_steps=1)
+    )
+    stage = replace(stage, measured=2, sample_every=0)
+    (tmp_path / "autoencoder.yaml").write_text(to_yaml(stage))
+    recipe = diffusion_recipe(
+        Path("run"), steps=2, batch_size=2, data=data, optim=replace(OPTIM, warmup_steps=1)
+    )
+    sampling = replace(recipe.sampling, num_inference_steps=2)
+    recipe = replace(recipe, autoencoder="autoencoder.yaml", sampling=sampling, prompts=("a red circle",))
+    (tmp_path / "ldm.yaml").write_text(to_yaml(recipe))
+    script = ROOT / "train/train_ldm.py"
+    done = run(sys.executable, script, "--config", "ldm.yaml", "--sample-every", "2", cwd=tmp_path)
+    assert done.stdout.strip() == "run/model"
+    assert "2/2" in done.stderr
+    again = run(
+        sys.executable, "-m", "train.train_ldm", "--config", "ldm.yaml", "--sample-every", "2", cwd=tmp_path
+    )
+    assert "all 2 steps are done" in again.stderr
+    ours = LatentDiffusionPipeline.from_pretrained(tmp_path / "run/model")
+    assert ours("a red circle", seed=0).images[0].size == (16, 16)
+    from diffusers import StableDiffusionPipeline
+
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "run/model", use_safetensors=True)
+    assert stock("a red circle", num_inference_steps=2).images[0].size == (16, 16)
+
+
+def test_the_autoencoder_script_in_process(tmp_path, capsys):
+    recipe = AutoencoderRecipe(
+        output=str(tmp_path / "run"), steps=2, batch_size=2, model=VAE, optim=replace(OPTIM, warmup_steps=1)
+    )
+    (tmp_path / "a.yaml").write_text(to_yaml(replace(recipe, data=DataConfig(size=16, length=3), measured=2)))
+    argv = ["--config", str(tmp_path / "a.yaml"), "--max-minutes", "1e-9"]
+    assert train_autoencoder.main(argv) == 75
+    assert train_autoencoder.main(argv[:2]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "run/model")

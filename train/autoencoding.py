@@ -1,0 +1,156 @@
+"""The autoencoder as a task of `fit`: pictures in, pictures out, and a latent scale measured at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from autoencoder.loss import ReconstructionConfig, reconstruction_loss
+from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
+from ldm.checkpoint import load_model, save_model
+from ldm.noise import generator
+from train.config import to_mapping
+from train.data import DataConfig, Source, fit_square, grid, open_source, spread, to_images, to_tensor
+from train.latents import autoencoder_folder
+from train.loop import FitConfig
+from train.plan import Draw, normal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderRecipe(FitConfig):
+    """Training of an autoencoder."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: AutoencoderKLConfig
+    loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    start: str | None = None  # folder of a trained one to go on from; null: new weights
+    train_encoder: bool = True  # false: only the decoder learns, and latents computed before stay valid
+    measured: int = 2048  # pictures over which the scale of the latents and the error are measured at the end
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        factor = 2 ** (len(self.model.block_out_channels) - 1)
+        if self.data.size % factor:
+            raise ValueError(
+                f"data.size={self.data.size} is not a multiple of {factor}, the model's downsampling"
+            )
+        if not self.train_encoder and self.start is None:
+            raise ValueError("train_encoder=false needs start: the encoder of new weights knows nothing")
+        if self.measured < 1:
+            raise ValueError(f"measured={self.measured}: expected 1 or more pictures")
+
+
+class Autoencoding:
+    """Trains an AutoencoderKL to give back the pictures of a source."""
+
+    def __init__(self, recipe: AutoencoderRecipe) -> None:
+        self.recipe = recipe
+        self.source: Source = open_source(recipe.data)
+        self.length = len(self.source)
+        torch.manual_seed(recipe.seed)  # initial weights
+        self.vae = self.build()
+        self.vae.encoder.requires_grad_(recipe.train_encoder)
+        self.vae.quant_conv.requires_grad_(recipe.train_encoder)
+        self.module: nn.Module = Reconstruction(self.vae, recipe.loss)
+        factor, size = self.vae.downsample_factor, recipe.data.size
+        self.latent_shape = (recipe.model.latent_channels, size // factor, size // factor)
+        self.facts: Mapping[str, Any] = {
+            "data": self.source.description,
+            "model": to_mapping(recipe.model),
+            "loss": to_mapping(recipe.loss),
+            "train_encoder": recipe.train_encoder,
+        }
+
+    def build(self) -> AutoencoderKL:
+        """New weights, or those of recipe.start. Raises ValueError if these are not of the recipe's model."""
+        if self.recipe.start is None:
+            return AutoencoderKL(self.recipe.model)
+        folder = autoencoder_folder(self.recipe.start)
+        vae = load_model(AutoencoderKL, folder)
+        if dataclasses.replace(self.recipe.model, scaling_factor=vae.config.scaling_factor) != vae.config:
+            raise ValueError(f"start: the autoencoder in {folder} is not of the recipe's model: {vae.config}")
+        return vae
+
+    def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
+        image = torch.stack([self.image(draw.index) for draw in draws])
+        return {"image": image, "noise": normal(draws, self.latent_shape, "posterior")}
+
+    def image(self, index: int) -> Tensor:
+        """One picture: (3, H, W)."""
+        return to_tensor(fit_square(self.source[index][0], self.recipe.data.size))
+
+    def preview(self) -> Image.Image:
+        """Eight pictures and, below each, what the autoencoder makes of it."""
+        image = torch.stack([self.image(index) for index in spread(self.length, 8)])
+        return grid(to_images(torch.cat([image, self.reconstruct(image)])), columns=len(image))
+
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """Through the mean of the posterior: (B, 3, H, W), on the CPU."""
+        posterior = self.vae.encode(image.to(self.device))
+        return self.vae.decode(self.vae.to_latents(posterior.mean)).float().cpu()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.vae.parameters()).device
+
+    def export(self, folder: Path) -> None:
+        """The autoencoder with its measured scaling_factor, as a folder that stock diffusers reads."""
+        scaling_factor, psnr = self.measure()
+        config = dataclasses.replace(self.recipe.model, scaling_factor=scaling_factor, shift_factor=None)
+        if not self.recipe.train_encoder:
+            config = self.vae.config  # the latents are those of before, and so is their scale
+        with torch.device("meta"):
+            vae = AutoencoderKL(config)
+        vae.load_state_dict(self.vae.state_dict(), assign=True)
+        save_model(vae, folder)
+        log.info("autoencoder: PSNR %.2f dB, scaling_factor %.4f", psnr, scaling_factor)
+
+    def measure(self) -> tuple[float, float]:
+        """(1 / std of the latents, PSNR of the reconstruction in dB), over `measured` pictures.
+
+        No shift: stock StableDiffusionPipeline does not know it.
+        """
+        total = squares = error = 0.0
+        values = pixels = 0
+        for start, image in self.measured_batches():
+            posterior = self.vae.encode(image.to(self.device))
+            noise = torch.randn(posterior.mean.shape, generator=generator("measure", start)).to(self.device)
+            z = posterior.sample(noise).double()
+            total, squares, values = (
+                total + z.sum().item(),
+                squares + z.square().sum().item(),
+                values + z.numel(),
+            )
+            error += (self.reconstruct(image).clamp(-1, 1) - image).square().sum().item()
+            pixels += image.numel()
+        std = math.sqrt(squares / values - (total / values) ** 2)
+        return 1 / std, 10 * math.log10(4 / max(error / pixels, 1e-12))
+
+    def measured_batches(self, size: int = 64) -> Iterator[tuple[int, Tensor]]:
+        indices = spread(self.length, self.recipe.measured)
+        for start in range(0, len(indices), size):
+            yield start, torch.stack([self.image(index) for index in indices[start : start + size]])
+
+
+class Reconstruction(nn.Module):
+    """An autoencoder with its loss, so that wrappers which watch forward see all of it."""
+
+    def __init__(self, vae: AutoencoderKL, config: ReconstructionConfig) -> None:
+        super().__init__()
+        self.vae, self.config = vae, config
+
+    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """image: (B, 3, H, W); noise: (B, C, h, w) for the posterior. Returns the loss (B,) and its parts."""
+        reconstruction, posterior = self.vae(image, noise)
+        return reconstruction_loss(reconstruction, image, posterior, self.config)

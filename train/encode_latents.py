@@ -1,0 +1,42 @@
+"""Compute the latents of a data set once, for many runs of train_ldm.py.
+
+  python train/encode_latents.py --autoencoder runs/pictograms-autoencoder --output runs/latents \\
+      --data.source pictograms --data.subjects few --data.length 100000
+
+Without it train_ldm.py computes them into its own run folder. Name them there with --latents runs/latents.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from train.config import command, parse
+from train.data import DataConfig
+from train.latents import autoencoder_folder, compute_latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeRecipe:
+    """Latents of pictures."""
+
+    autoencoder: str  # folder: of an autoencoder, of the run that trained it, or of a pipeline
+    output: str  # folder for the latents
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Encode as the command line says; goes on where it stopped."""
+    recipe = parse(EncodeRecipe, sys.argv[1:] if argv is None else argv, None, __doc__ or "")
+    latents = compute_latents(recipe.data, autoencoder_folder(recipe.autoencoder), Path(recipe.output))
+    print(f"{recipe.output}: {len(latents)} latents of {tuple(latents.mean.shape[1:])}")
+    return 0
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,341 @@
+"""`fit`: the only training loop. A task says what is trained on what; the loop makes it last and repeat.
+
+What accelerate does here: device, precision, ranks, trackers. Sample order, random draws, learning rate and
+checkpoints are ours, because accelerate's do not resume exactly.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm.noise import key
+from train.checkpoint import Checkpoint, clean, find_checkpoint, save_checkpoint
+from train.config import to_mapping
+from train.ema import EMA
+from train.optim import OptimConfig, adamw, learning_rate, load_optimizer_tensors, optimizer_tensors
+from train.plan import Draw, Plan
+from train.readahead import ReadAhead
+from train.record import Record, open_run
+from train.stop import EXIT_RESUMABLE, StopRequest
+
+log = logging.getLogger(__name__)
+MAX_BAD_STEPS = 10  # non-finite gradients in a row before the run gives up
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """The run: how long, how large the batch, where to and how often it writes."""
+
+    output: str  # folder of the run: checkpoints, metrics.jsonl, samples, the exported model
+    steps: int  # optimizer steps
+    batch_size: int  # samples an optimizer step, over all ranks
+    micro_batch: int = 0  # samples a rank computes at a time; 0: its whole share of the batch
+    seed: int = 0  # of sample order, noise, timesteps, caption choice and initial weights
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema_decay: float = 0.999  # a step, reached slowly; 0: export the last weights
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto: bf16 where it is native
+    channels_last: bool = True  # memory layout of the convolutions
+    workers: int | None = None  # threads that read ahead; 0: read in the loop; null: 0 on the CPU, else 1
+    resume: str = "auto"  # auto: the newest intact checkpoint; none: only if there is none; or a path
+    max_minutes: float | None = None  # of the process; then save and exit 75
+    save_every: int = 500  # optimizer steps between checkpoints
+    keep_last: int = 2  # checkpoints kept
+    sample_every: int = 500  # optimizer steps between pictures; 0: none
+    log_every: int = 20  # optimizer steps between lines of progress
+    tracker: str | None = None  # beside metrics.jsonl: tensorboard, wandb or another that accelerate knows
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every", "keep_last", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+        for name in ("micro_batch", "workers", "sample_every"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more")
+        if self.optim.warmup_steps > self.steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}: lower it"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay}: expected 0 or a number below 1, as 0.999")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"max_minutes={self.max_minutes}: expected more than 0")
+        if not self.output:
+            raise ValueError("output is empty: name the folder of the run")
+
+
+class Task(Protocol):
+    """What is trained. `module(**batch)` returns the loss (B,) and further named values (B,) to log."""
+
+    module: nn.Module
+    length: int  # samples in an epoch
+    facts: Mapping[str, Any]  # JSON; what may not change when a run is resumed: shapes, data, objective
+
+    def batch(self, draws: list[Draw]) -> dict[str, Tensor]: ...  # on the CPU; may run in another thread
+    def preview(self) -> Image.Image: ...  # with the weights that the module holds now
+    def export(self, folder: Path) -> None: ...
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    step: int
+    finished: bool
+    reason: str  # why it stopped early
+    model: Path  # the exported folder, when finished
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.finished else EXIT_RESUMABLE
+
+
+@dataclass
+class State:
+    """All that changes during a run."""
+
+    module: nn.Module
+    optimizer: torch.optim.AdamW
+    ema: EMA
+    step: int = 0  # batches seen
+    updates: int = 0  # optimizer steps made; fewer than `step` where gradients were not finite
+    bad: int = 0  # non-finite gradients in a row
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        return {
+            "model": self.module.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self.module),
+        }
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.module.load_state_dict(checkpoint.tensors["model"])
+        self.ema.load_state_dict(checkpoint.tensors["ema"])
+        load_optimizer_tensors(self.optimizer, self.module, checkpoint.tensors["optimizer"])
+        self.step, self.updates = checkpoint.step, checkpoint.state["updates"]
+        self.bad = checkpoint.state["bad"]
+
+
+def fit(task: Task, config: FitConfig) -> Outcome:
+    """Train `task` for config.steps optimizer steps, from the newest checkpoint if there is one.
+
+    Raises ValueError if the run cannot be resumed as asked, RuntimeError when gradients stay non-finite.
+    """
+    accelerator = Accelerator(
+        cpu=cpu_only(),
+        mixed_precision=choose_precision(config.precision),
+        log_with=config.tracker,
+        project_dir=config.output,
+    )
+    plan = Plan(task.length, config.batch_size, config.seed, accelerator.num_processes, config.micro_batch)
+    with (
+        open_run(Path(config.output), config, accelerator) as record,
+        StopRequest(accelerator, config.max_minutes) as stop,
+    ):
+        state, wrapped = prepare(task, config, accelerator)
+        resume(state, task, config, record, accelerator)
+        with ReadAhead(task, plan, accelerator.process_index, state.step, workers(config)) as batches:
+            while state.step < config.steps and not stop.agreed():
+                train_step(state, wrapped, batches, plan, config, accelerator, record)
+                if due(state.step, config.sample_every, config.steps):
+                    preview(task, state, record, accelerator)
+                if due(state.step, config.save_every, config.steps):
+                    save(state, task, config, record, accelerator)
+        if record.saved_step != state.step:
+            save(state, task, config, record, accelerator, last=True)
+        finished = state.step >= config.steps
+        if finished and record.exported_step() != state.step:
+            export(task, state, record, accelerator)
+        elif finished:
+            record.say(f"all {state.step} steps are done and {record.model} is exported")
+        else:
+            record.say(
+                f"stopped by {stop.reason} after step {state.step}; the same command goes on from here"
+            )
+    return Outcome(state.step, finished, stop.reason, record.model)
+
+
+def prepare(task: Task, config: FitConfig, accelerator: Accelerator) -> tuple[State, nn.Module]:
+    """The state at step 0 and the module as accelerate wraps it for precision and ranks."""
+    module = task.module.to(accelerator.device)
+    if config.channels_last:
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module.train()
+    wrapped = accelerator.prepare_model(module)
+    return State(module, adamw(module, config.optim), EMA(module, config.ema_decay)), wrapped
+
+
+def train_step(
+    state: State,
+    wrapped: nn.Module,
+    batches: ReadAhead,
+    plan: Plan,
+    config: FitConfig,
+    accelerator: Accelerator,
+    record: Record,
+) -> None:
+    """One optimizer step on one global batch; skipped and counted if its gradients are not finite."""
+    rate = learning_rate(config.optim, state.step, config.steps)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    values: dict[str, Tensor] = {}
+    for micro in range(plan.micro_batches):
+        batch = {name: value.to(accelerator.device) for name, value in batches.next().items()}
+        # Dropout layers, where a model has them, draw from the global generator.
+        torch.manual_seed(key("layers", plan.seed, state.step, micro, accelerator.process_index))
+        last = micro == plan.micro_batches - 1
+        with nullcontext() if last else accelerator.no_sync(wrapped):
+            loss, others = wrapped(**batch)
+            accelerator.backward(loss.mean() / plan.micro_batches)
+        for name, value in {"loss": loss, **others}.items():
+            mean = value.detach().float().mean() / plan.micro_batches
+            values[name] = values[name] + mean if name in values else mean
+    parameters = [p for p in state.module.parameters() if p.grad is not None]
+    norm = nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm or math.inf)
+    finite = bool(torch.isfinite(norm))  # the one wait for the device in a step
+    if finite:
+        state.optimizer.step()
+        state.ema.update(state.updates)
+        state.updates += 1
+    state.optimizer.zero_grad(set_to_none=True)
+    state.bad = 0 if finite else state.bad + 1
+    state.step += 1
+    record.add(state.step, {**values, "grad_norm": norm.detach()}, rate, state.step - state.updates)
+    if state.bad >= MAX_BAD_STEPS:
+        raise RuntimeError(
+            f"{state.bad} steps in a row had non-finite gradients, the last at step {state.step}. The last "
+            f"good checkpoint is {record.last_good or 'none'}; try a lower optim.lr, or precision: fp32"
+        )
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    """Whether a thing done every so many steps, and at the end, is due after `step`."""
+    return every > 0 and (step % every == 0 or step == steps)
+
+
+def cpu_only() -> bool:
+    """Whether ranks must meet on the CPU, which accelerate has to be told: else each would train alone."""
+    return not torch.accelerator.is_available()
+
+
+def workers(config: FitConfig) -> int:
+    """Threads that read ahead. On the CPU none.
+
+    A second thread with tensors gets OpenMP threads of its own, and all of them then wait asleep instead of
+    spinning: the bundled model trained at 17 instead of 29 samples/s.
+    """
+    if config.workers is None:
+        return 0 if cpu_only() else 1
+    return config.workers
+
+
+def choose_precision(precision: str) -> str:
+    """accelerate's name for it: bf16 only where the hardware multiplies it, since elsewhere it is slower."""
+    if precision == "auto":
+        native = (
+            torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else amx()
+        )
+        return "bf16" if native else "no"
+    return {"fp32": "no", "bf16": "bf16"}[precision]
+
+
+def amx() -> bool:
+    """Whether this CPU has tiles for bf16."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+def facts(task: Task, config: FitConfig) -> dict[str, Any]:
+    """What a resumed run must share with the run it goes on from."""
+    return {"batch_size": config.batch_size, "seed": config.seed, "samples": task.length, **task.facts}
+
+
+def resume(state: State, task: Task, config: FitConfig, record: Record, accelerator: Accelerator) -> None:
+    """Put the newest checkpoint, if there is one, into `state`."""
+    checkpoint = find_checkpoint(record.checkpoints, config.resume)
+    if checkpoint is None:
+        record.start(0, None)
+        return
+    now, then = facts(task, config), checkpoint.state["facts"]
+    differ = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    if differ:
+        rows = "\n".join(f"  {name}: {then.get(name, '-')} then, {now.get(name, '-')} now" for name in differ)
+        raise ValueError(
+            f"{checkpoint.path} is of another run; set these back or choose another output:\n{rows}"
+        )
+    for name, value in machine(accelerator).items():
+        if checkpoint.state["machine"].get(name) != value:
+            before = checkpoint.state["machine"].get(name)
+            record.say(f"resumed with {name} {value}, saved with {before}: not bit for bit the same run")
+    state.load(checkpoint)
+    record.start(state.step, checkpoint.path)
+
+
+def machine(accelerator: Accelerator) -> dict[str, Any]:
+    """What decides the last bits of a sum."""
+    return {
+        "torch": torch.__version__,
+        "device": accelerator.device.type,
+        "precision": accelerator.mixed_precision,
+        "ranks": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def save(
+    state: State, task: Task, config: FitConfig, record: Record, accelerator: Accelerator, last: bool = False
+) -> None:
+    """A checkpoint of `state`, then rotation. A full disk ends the run only at its last save."""
+    record.flush()
+    record.saved_step = state.step
+    if accelerator.is_main_process:
+        facts_and_counts = {
+            "updates": state.updates,
+            "bad": state.bad,
+            "facts": facts(task, config),
+            "machine": machine(accelerator),
+            "config": to_mapping(config),
+        }
+        try:
+            record.last_good = save_checkpoint(
+                record.checkpoints, state.step, state.tensors(), facts_and_counts
+            )
+            clean(record.checkpoints, config.keep_last, state.step)
+        except OSError as error:
+            if last or state.step >= config.steps:
+                raise RuntimeError(
+                    f"the last state could not be saved: {error}; the newest good checkpoint is "
+                    f"{record.last_good or 'none'}"
+                ) from error
+            log.warning("no checkpoint at step %d, training goes on: %s", state.step, error)
+    accelerator.wait_for_everyone()
+
+
+def preview(task: Task, state: State, record: Record, accelerator: Accelerator) -> None:
+    """A picture of what the averaged weights can do now."""
+    if accelerator.is_main_process:
+        with state.ema.applied(), torch.no_grad():
+            state.module.eval()
+            record.picture(state.step, task.preview())
+            state.module.train()
+    accelerator.wait_for_everyone()
+
+
+def export(task: Task, state: State, record: Record, accelerator: Accelerator) -> None:
+    """The averaged weights as a model folder."""
+    if accelerator.is_main_process:
+        with state.ema.applied(), torch.no_grad():
+            state.module.eval()
+            task.export(record.model)
+            state.module.train()
+        record.mark_exported(state.step)
+        record.say(f"exported {record.model}")
+    accelerator.wait_for_everyone()

@@ -1,0 +1,191 @@
+"""What a run leaves in its folder: config.yaml, metrics.jsonl, pictures; and what it says while it runs."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.config import read_json, replacing, write_json
+from train.config import to_yaml
+
+log = logging.getLogger(__name__)
+
+
+class Record:
+    """The folder of a run. Only the main process writes."""
+
+    def __init__(self, folder: Path, config: Any, accelerator: Accelerator) -> None:
+        self.folder, self.config, self.accelerator = folder, config, accelerator
+        self.checkpoints, self.model = folder / "checkpoints", folder / "model"
+        self.metrics, self.samples = folder / "metrics.jsonl", folder / "samples"
+        self.waiting: list[tuple[int, dict[str, Tensor], float, int]] = []  # steps not yet written
+        self.saved_step = -1
+        self.last_good: Path | None = None  # checkpoint
+        self.began = self.written = time.monotonic()
+        self.first = 0  # step this process began at
+        self.bar: tqdm[Any] | None = None
+        self.tracking = False
+
+    def start(self, step: int, checkpoint: Path | None) -> None:
+        """Begin, or go on after `step`: what metrics.jsonl holds beyond it is dropped."""
+        self.first = step
+        self.saved_step = step if checkpoint else -1
+        self.last_good = checkpoint
+        self.began = self.written = time.monotonic()
+        if not self.accelerator.is_main_process:
+            return
+        with replacing(self.folder / "config.yaml") as path:
+            path.write_text(to_yaml(self.config), encoding="utf-8")
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        with replacing(self.metrics) as path:
+            path.write_text("".join(f"{line}\n" for line in lines if step_of(line) <= step))
+        if self.config.tracker:
+            self.start_tracker()
+        self.say(f"going on from {checkpoint}" if checkpoint else f"starting in {self.folder}")
+        self.bar = tqdm(
+            total=self.config.steps,
+            initial=step,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def add(self, step: int, values: Mapping[str, Tensor], rate: float, skipped: int) -> None:
+        """Note one step. Values stay on the device until `flush`, so that nothing waits for it."""
+        self.waiting.append((step, dict(values), rate, skipped))
+        if self.bar is not None:
+            self.bar.update()
+        if step % self.config.log_every == 0 or step == self.config.steps:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the waiting steps to metrics.jsonl, a line each, averaged over the ranks."""
+        if not self.waiting:
+            return
+        names = list(self.waiting[0][1])
+        table = torch.stack(
+            [torch.stack([values[name].float() for name in names]) for _, values, *_ in self.waiting]
+        )
+        table = self.accelerator.reduce(table, "mean").cpu()
+        now = time.monotonic()
+        lines = [
+            {"step": step, **dict(zip(names, row, strict=True)), "lr": rate, "skipped": skipped}
+            for (step, _, rate, skipped), row in zip(self.waiting, table.tolist(), strict=True)
+        ]
+        speed = len(lines) * self.config.batch_size / max(now - self.written, 1e-9)
+        lines[-1]["samples_per_second"] = round(speed, 2)
+        if self.accelerator.is_main_process:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(finite(line)) + "\n" for line in lines)
+            self.show(int(lines[-1]["step"]), names, table.mean(0).tolist(), speed)
+            self.track(lines[-1])
+        self.waiting, self.written = [], now
+
+    def show(self, step: int, names: list[str], means: list[float], speed: float) -> None:
+        """Progress: in the bar on a terminal, else a line in the log."""
+        text = " ".join(f"{name} {value:.4g}" for name, value in zip(names, means, strict=True))
+        if self.bar is not None and not self.bar.disable:
+            self.bar.set_postfix_str(f"{text} {speed:.1f} samples/s")
+            return
+        done = max(1, step - self.first)
+        left = (time.monotonic() - self.began) / done * (self.config.steps - step)
+        self.say(f"step {step}/{self.config.steps} {text} {speed:.1f} samples/s, {minutes(left)} left")
+
+    def track(self, line: Mapping[str, Any]) -> None:
+        """Hand the newest line to the tracker; one that fails is left out from then on."""
+        if self.tracking:
+            try:
+                self.accelerator.log(
+                    {name: value for name, value in line.items() if name != "step"}, line["step"]
+                )
+            except Exception as error:  # noqa: BLE001 (trackers raise what they like; training goes on)
+                self.tracking = False
+                log.warning("%s fails and is left out, metrics.jsonl goes on: %s", self.config.tracker, error)
+
+    def start_tracker(self) -> None:
+        try:
+            self.accelerator.init_trackers(self.folder.name)
+            self.tracking = True
+        except Exception as error:  # noqa: BLE001
+            log.warning("no tracker %s, metrics.jsonl goes on: %s", self.config.tracker, error)
+
+    def exported_step(self) -> int:
+        """The step whose weights lie in model/, -1 if none do."""
+        path = self.folder / "exported.json"
+        return int(read_json(path).get("step", -1)) if path.exists() and self.model.is_dir() else -1
+
+    def mark_exported(self, step: int) -> None:
+        if self.accelerator.is_main_process:
+            write_json(self.folder / "exported.json", {"step": step})
+
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            with tqdm.external_write_mode(file=sys.stderr):
+                log.info(text)
+
+    def picture(self, step: int, image: Image.Image) -> None:
+        with replacing(self.samples / f"step-{step:08d}.png") as path:
+            image.save(path, format="PNG")
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity for a line that a kill cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def finite(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The line with null for what JSON has no word for."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in line.items()
+    }
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+
+
+@contextmanager
+def open_run(folder: Path, config: Any, accelerator: Accelerator) -> Iterator[Record]:
+    """The record of the run in `folder`, which no other process may write meanwhile.
+
+    Raises ValueError if the folder cannot be made or written, or if another run holds it.
+    """
+    record = Record(folder, config, accelerator)
+    if not accelerator.is_main_process:
+        yield record
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise ValueError(f"output={folder} cannot be written: {error}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends
+        except OSError:
+            raise ValueError(
+                f"another run is writing {folder}: wait for it or choose another output"
+            ) from None
+        try:
+            yield record
+        finally:
+            if record.bar is not None:
+                record.bar.close()
