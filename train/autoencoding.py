@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autoencoder.loss import ReconstructionConfig, reconstruction_loss
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
-from ldm.checkpoint import load_model, save_model
+from ldm.checkpoint import empty_model, load_model, save_model
 from ldm.noise import generator
 from train.config import to_mapping
 from train.data import DataConfig, Source, fit_square, grid, open_source, spread, to_images, to_tensor
@@ -110,8 +110,7 @@ class Autoencoding:
         config = dataclasses.replace(self.recipe.model, scaling_factor=scaling_factor, shift_factor=None)
         if not self.recipe.train_encoder:
             config = self.vae.config  # the latents are those of before, and so is their scale
-        with torch.device("meta"):
-            vae = AutoencoderKL(config)
+        vae = empty_model(AutoencoderKL, config)
         vae.load_state_dict(self.vae.state_dict(), assign=True)
         save_model(vae, folder)
         log.info("autoencoder: PSNR %.2f dB, scaling_factor %.4f", psnr, scaling_factor)

@@ -90,7 +90,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         tensors = {
             Path(name).stem: load_file(path / name) for name in manifest if name.endswith(".safetensors")
         }
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
     return Checkpoint(path, state["step"], tensors, state)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 from ldm.noise import key
 from train.scenes import SceneSource
 
+log = logging.getLogger(__name__)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_PIXELS = 64_000_000  # of a file, read from its header before anything is decoded
 MAX_CAPTION = 20_000  # characters; far more than any text encoder reads
@@ -39,9 +41,7 @@ class Source(Protocol):
 class DataConfig:
     """The pictures: what is drawn or read, and at which size."""
 
-    source: str = (
-        "shapes"  # shapes or pictograms (drawn scenes), a folder with captions, or a `datasets` name
-    )
+    source: str = "shapes"  # shapes or pictograms (drawn), a folder with captions, or a `datasets` name
     size: int = 64  # pixels, side of the square that each picture is resized and cropped to
     length: int = 100_000  # scenes in an epoch; folders and datasets have their own length
     subjects: str | tuple[str, ...] = "all"  # of the scenes: all, few or names
@@ -51,9 +51,7 @@ class DataConfig:
     image_column: str = "image"  # of a dataset
     caption_column: str = "text"  # of a dataset, metadata.jsonl or metadata.csv
     dataset_split: str = "train"  # of a dataset
-    max_bad_fraction: float = (
-        0.01  # of a folder's pictures that may be unreadable; they are left out and listed
-    )
+    max_bad_fraction: float = 0.01  # of a folder's pictures that may be unreadable and are left out
 
     def __post_init__(self) -> None:
         if self.size < 8 or self.size % 8:
@@ -113,7 +111,7 @@ class Scenes:
 class ImageFolder:
     """Pictures in a folder with captions in metadata.jsonl, metadata.csv, or a .txt beside each picture.
 
-    Unreadable pictures are found from their headers at the start and listed in `rejected`.
+    Unreadable pictures are found from their headers at the start, told in the log and listed in `rejected`.
     """
 
     def __init__(self, folder: Path, config: DataConfig) -> None:
@@ -127,12 +125,13 @@ class ImageFolder:
                 self.rejected[name] = problem
             else:
                 self.entries.append((name, captions[name]))
-        if len(self.rejected) > config.max_bad_fraction * len(captions):
-            lines = [f"  {name}: {why}" for name, why in list(self.rejected.items())[:10]]
-            raise ValueError(
-                f"{len(self.rejected)} of {len(captions)} pictures in {folder} cannot be used, more than "
-                f"data.max_bad_fraction={config.max_bad_fraction}; the first are\n" + "\n".join(lines)
-            )
+        lines = [f"\n  {name}: {why}" for name, why in list(self.rejected.items())[:10]]
+        problem = f"{len(self.rejected)} of {len(captions)} pictures in {folder} cannot be used"
+        if len(self.rejected) > config.max_bad_fraction * len(captions) or not self.entries:
+            limit = f"more than data.max_bad_fraction={config.max_bad_fraction}" if self.entries else "all"
+            raise ValueError(f"{problem}, {limit}; the first are" + "".join(lines))
+        if self.rejected:
+            log.warning("%s and are left out; the first are%s", problem, "".join(lines))
         digest = hashlib.sha256()
         for name, texts in self.entries:
             digest.update(json.dumps([name, (folder / name).stat().st_size, texts]).encode())
@@ -159,23 +158,31 @@ class HubDataset:
     def __init__(self, config: DataConfig) -> None:
         import datasets  # seconds to import, and few runs need it
 
-        path = Path(config.source)
-        if path.is_dir():
-            loaded = datasets.load_from_disk(str(path))
-            table = loaded[config.dataset_split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            try:
+        try:
+            if Path(config.source).is_dir():
+                loaded = datasets.load_from_disk(config.source)
+                table = loaded[config.dataset_split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            else:
                 table = datasets.load_dataset(config.source, split=config.dataset_split)
-            except (datasets.exceptions.DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-                raise ValueError(
-                    f"data.source={config.source!r} is no folder and cannot be loaded as a dataset: {error}"
-                ) from error
+        except (datasets.exceptions.DatasetsError, OSError, RuntimeError, KeyError) as error:
+            raise ValueError(
+                f"data.source={config.source!r} cannot be loaded as a dataset with a split "
+                f"{config.dataset_split!r}: {error}"
+            ) from error
         for column in (config.image_column, config.caption_column):
             if column not in table.column_names:
                 raise ValueError(
                     f"{config.source} has no column {column!r}; it has {', '.join(table.column_names)}: "
                     "set data.image_column and data.caption_column"
                 )
+        kind = table.features[config.image_column]
+        if not isinstance(kind, datasets.Image):
+            raise ValueError(
+                f"{config.source}: column {config.image_column!r} holds {kind}, not datasets.Image(): "
+                "set data.image_column, or cast it"
+            )
+        if not len(table):
+            raise ValueError(f"{config.source} {config.dataset_split} has no rows")
         self.table, self.config = table, config
         self.description = f"{config.source} {config.dataset_split}, {config.size} px, {table._fingerprint}"
 
@@ -183,8 +190,16 @@ class HubDataset:
         return len(self.table)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
-        row = self.table[index]
-        return upright(row[self.config.image_column]), clean_captions(row[self.config.caption_column])
+        try:
+            row = self.table[index]
+            if row[self.config.image_column] is None:
+                raise ValueError("it is null")
+            image = upright(row[self.config.image_column])
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"the picture in row {index} of {self.config.source} cannot be decoded: {error}; leave it out"
+            ) from error
+        return image, clean_captions(row[self.config.caption_column]) or [""]  # no text: the empty prompt
 
 
 def read_captions(folder: Path, column: str) -> dict[str, list[str]]:
@@ -192,22 +207,25 @@ def read_captions(folder: Path, column: str) -> dict[str, list[str]]:
     if (folder / "metadata.jsonl").exists():
         rows = read_jsonl(folder / "metadata.jsonl")
     elif (folder / "metadata.csv").exists():
-        with (folder / "metadata.csv").open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_csv(folder / "metadata.csv")
     else:
+        pictures = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
         rows = [
             {
                 "file_name": path.name,
                 column: path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace"),
             }
-            for path in sorted(folder.iterdir())
-            if path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix(".txt").exists()
+            for path in pictures
+            if path.with_suffix(".txt").exists()
         ]
         if not rows:
             raise ValueError(
                 f"{folder} holds no captioned picture: put a metadata.jsonl or metadata.csv with the columns "
                 f"file_name and {column} into it, or a .txt beside each picture"
             )
+        if len(rows) < len(pictures):
+            without = len(pictures) - len(rows)
+            log.warning("%d of %d pictures in %s have no .txt: left out", without, len(pictures), folder)
     captions: dict[str, list[str]] = {}
     problems = []
     for number, row in enumerate(rows, 1):
@@ -233,9 +251,18 @@ def read_captions(folder: Path, column: str) -> dict[str, list[str]]:
     return captions
 
 
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+            return list(csv.DictReader(file))
+    except csv.Error as error:  # such as a field of more than 128 kB
+        raise ValueError(f"{path} cannot be read as CSV: {error}") from None
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    # not splitlines, which also splits at signs that may stand within a JSON string, such as U+2028
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -296,7 +323,7 @@ def upright(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode == "I":
         image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, BACKGROUND)
         image = Image.alpha_composite(ground, image)

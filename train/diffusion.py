@@ -20,7 +20,7 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.scheduler import Scheduler
 from ldm.unet import UNet, UNetConfig
 from text_encoder.clip import CLIPTextConfig, CLIPTextEncoder
-from text_encoder.tokenizer import Tokenizer
+from text_encoder.tokenizer import BYTES, Tokenizer
 from train.config import to_mapping
 from train.data import DataConfig, grid, spread
 from train.latents import Latents
@@ -48,6 +48,15 @@ class TextConfig:
         for name in ("width", "layers", "heads", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"text_encoder.{name}={getattr(self, name)}: expected 1 or more")
+        if self.width % self.heads:
+            raise ValueError(f"text_encoder.width={self.width} is not a multiple of heads={self.heads}")
+        least = 2 * len(BYTES) + 2
+        if self.vocab_size < least:
+            raise ValueError(
+                f"text_encoder.vocab_size={self.vocab_size}: bytes and special tokens alone are {least}"
+            )
+        if self.max_length < 3:
+            raise ValueError(f"text_encoder.max_length={self.max_length}: start, end and a word are 3 tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +65,7 @@ class ObjectiveConfig:
 
     prediction: Literal["v", "eps", "x0"] = "v"
     zero_terminal_snr: bool = True  # the noisiest level is pure noise; not with eps
-    weight: Literal["none", "min_snr"] = "min_snr"  # of the loss, a function of the noise level
+    weight: str = "min_snr"  # of the loss, by the noise level: a name in WEIGHTS of ldm/objective.py
     caption_dropout: float = 0.1  # of the samples get the empty prompt, which guidance needs
 
     def __post_init__(self) -> None:
@@ -64,6 +73,8 @@ class ObjectiveConfig:
             raise ValueError(
                 "objective.prediction=eps with zero_terminal_snr: pure noise tells nothing, use v"
             )
+        if self.weight not in WEIGHTS:
+            raise ValueError(f"objective.weight={self.weight!r} is not one of {', '.join(WEIGHTS)}")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(
                 f"objective.caption_dropout={self.caption_dropout}: a fraction lies between 0 and 1"
@@ -91,6 +102,15 @@ class DiffusionRecipe(FitConfig):
                 f"unet.cross_attention_dim={self.unet.cross_attention_dim} and "
                 f"text_encoder.width={self.text_encoder.width} differ"
             )
+        if self.unet.out_channels != self.unet.in_channels:
+            raise ValueError(
+                f"unet.out_channels={self.unet.out_channels} and unet.in_channels={self.unet.in_channels} "
+                "differ: no loss here trains more than the prediction"
+            )
+        if self.unet.num_class_embeds is not None:
+            raise ValueError(
+                f"unet.num_class_embeds={self.unet.num_class_embeds}: the data has no classes, use null"
+            )
 
 
 class LatentDiffusion:
@@ -108,6 +128,11 @@ class LatentDiffusion:
             raise ValueError(
                 f"unet.in_channels={recipe.unet.in_channels}, but the autoencoder has "
                 f"{self.vae.config.latent_channels} latent channels"
+            )
+        if recipe.unet.cross_attention_dim != self.text_encoder.config.hidden_size:
+            raise ValueError(
+                f"unet.cross_attention_dim={recipe.unet.cross_attention_dim}, but the text encoder has "
+                f"{self.text_encoder.config.hidden_size} channels"
             )
         self.module: nn.Module = Diffusion(self.unet, self.text_encoder, self.scheduler, recipe)
         self.facts: Mapping[str, Any] = {
@@ -190,13 +215,10 @@ class LatentDiffusion:
     def export(self, folder: Path) -> None:
         """The whole pipeline, in the layout that stock diffusers reads."""
         self.pipeline().save_pretrained(folder)
-        if (
-            self.recipe.export_dtype != "float32"
-        ):  # read again, so that the weights in training stay as they are
-            pipe = LatentDiffusionPipeline.from_pretrained(
-                folder, dtype=getattr(torch, self.recipe.export_dtype)
-            )
-            pipe.save_pretrained(folder)
+        if self.recipe.export_dtype != "float32":
+            # read again, so that the weights in training stay as they are
+            dtype = getattr(torch, self.recipe.export_dtype)
+            LatentDiffusionPipeline.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
 
 
 class Diffusion(nn.Module):

@@ -88,7 +88,11 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path) -> Latent
     source = open_source(data)
     vae = load_model(AutoencoderKL, autoencoder).to(state.device)
     vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    side = data.size // vae.downsample_factor
+    side, rest = divmod(data.size, vae.downsample_factor)
+    if rest:
+        raise ValueError(
+            f"data.size={data.size} is not a multiple of {vae.downsample_factor}, the autoencoder's factor"
+        )
     key = CacheKey(
         encoder_sha256(vae),
         source.description,
@@ -98,8 +102,8 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path) -> Latent
     check_key(folder, key)
     if state.is_main_process and not (folder / "cache.json").exists():
         write_json(folder / "cache.json", {**asdict(key), "shape": list(key.shape)})
-    state.wait_for_everyone()
     missing = [number for number in range(shard_count(key)) if not shard_path(folder, number).exists()]
+    state.wait_for_everyone()  # no rank writes a shard before all have counted
     if missing and state.is_main_process:
         log.info("encoding %d pictures into %s", min(len(source), len(missing) * SHARD), folder)
     for number in missing[state.process_index :: state.num_processes]:

@@ -16,12 +16,13 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from PIL import Image
 from torch import Tensor, nn
 
 from ldm.noise import key
 from train.checkpoint import Checkpoint, clean, find_checkpoint, save_checkpoint
-from train.config import to_mapping
+from train.config import RunFailed, to_mapping
 from train.ema import EMA
 from train.optim import OptimConfig, adamw, learning_rate, load_optimizer_tensors, optimizer_tensors
 from train.plan import Draw, Plan
@@ -62,6 +63,8 @@ class FitConfig:
         for name in ("micro_batch", "workers", "sample_every"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more")
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}")
         if self.optim.warmup_steps > self.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}: lower it"
@@ -128,7 +131,8 @@ class State:
 def fit(task: Task, config: FitConfig) -> Outcome:
     """Train `task` for config.steps optimizer steps, from the newest checkpoint if there is one.
 
-    Raises ValueError if the run cannot be resumed as asked, RuntimeError when gradients stay non-finite.
+    Raises ValueError if the run cannot be resumed as asked, RunFailed when gradients stay non-finite or the
+    last state cannot be saved.
     """
     accelerator = Accelerator(
         cpu=cpu_only(),
@@ -146,21 +150,21 @@ def fit(task: Task, config: FitConfig) -> Outcome:
         with ReadAhead(task, plan, accelerator.process_index, state.step, workers(config)) as batches:
             while state.step < config.steps and not stop.agreed():
                 train_step(state, wrapped, batches, plan, config, accelerator, record)
-                if due(state.step, config.sample_every, config.steps):
-                    preview(task, state, record, accelerator)
                 if due(state.step, config.save_every, config.steps):
                     save(state, task, config, record, accelerator)
+                if due(state.step, config.sample_every, config.steps):
+                    preview(task, state, record, accelerator)
         if record.saved_step != state.step:
             save(state, task, config, record, accelerator, last=True)
-        finished = state.step >= config.steps
-        if finished and record.exported_step() != state.step:
+        finished, exported = state.step >= config.steps, record.exported_step() == state.step
+        accelerator.wait_for_everyone()  # nobody exports before all have looked
+        if finished and not exported:
             export(task, state, record, accelerator)
         elif finished:
             record.say(f"all {state.step} steps are done and {record.model} is exported")
         else:
-            record.say(
-                f"stopped by {stop.reason} after step {state.step}; the same command goes on from here"
-            )
+            again = "the same command" if config.resume == "auto" else "with --resume auto it"
+            record.say(f"stopped by {stop.reason} after step {state.step}; {again} goes on from here")
     return Outcome(state.step, finished, stop.reason, record.model)
 
 
@@ -211,7 +215,7 @@ def train_step(
     state.step += 1
     record.add(state.step, {**values, "grad_norm": norm.detach()}, rate, state.step - state.updates)
     if state.bad >= MAX_BAD_STEPS:
-        raise RuntimeError(
+        raise RunFailed(
             f"{state.bad} steps in a row had non-finite gradients, the last at step {state.step}. The last "
             f"good checkpoint is {record.last_good or 'none'}; try a lower optim.lr, or precision: fp32"
         )
@@ -223,8 +227,11 @@ def due(step: int, every: int, steps: int) -> bool:
 
 
 def cpu_only() -> bool:
-    """Whether ranks must meet on the CPU, which accelerate has to be told: else each would train alone."""
-    return not torch.accelerator.is_available()
+    """Whether the CPU is what there is, or what `accelerate launch --cpu` asks for.
+
+    accelerate has to be told so that ranks meet there: else each would train alone.
+    """
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def workers(config: FitConfig) -> int:
@@ -241,9 +248,8 @@ def workers(config: FitConfig) -> int:
 def choose_precision(precision: str) -> str:
     """accelerate's name for it: bf16 only where the hardware multiplies it, since elsewhere it is slower."""
     if precision == "auto":
-        native = (
-            torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else amx()
-        )
+        cuda = torch.cuda.is_available() and not cpu_only()
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else amx()
         return "bf16" if native else "no"
     return {"fp32": "no", "bf16": "bf16"}[precision]
 
@@ -295,7 +301,7 @@ def save(
 ) -> None:
     """A checkpoint of `state`, then rotation. A full disk ends the run only at its last save."""
     record.flush()
-    record.saved_step = state.step
+    saved = torch.ones(1, device=accelerator.device)
     if accelerator.is_main_process:
         facts_and_counts = {
             "updates": state.updates,
@@ -311,12 +317,14 @@ def save(
             clean(record.checkpoints, config.keep_last, state.step)
         except OSError as error:
             if last or state.step >= config.steps:
-                raise RuntimeError(
+                raise RunFailed(
                     f"the last state could not be saved: {error}; the newest good checkpoint is "
                     f"{record.last_good or 'none'}"
                 ) from error
             log.warning("no checkpoint at step %d, training goes on: %s", state.step, error)
-    accelerator.wait_for_everyone()
+            saved.zero_()
+    if accelerator.reduce(saved, "mean").item() == 1:  # all ranks know: a stop may try again
+        record.saved_step = state.step
 
 
 def preview(task: Task, state: State, record: Record, accelerator: Accelerator) -> None:
@@ -324,8 +332,12 @@ def preview(task: Task, state: State, record: Record, accelerator: Accelerator) 
     if accelerator.is_main_process:
         with state.ema.applied(), torch.no_grad():
             state.module.eval()
-            record.picture(state.step, task.preview())
+            image = task.preview()
             state.module.train()
+        try:
+            record.picture(state.step, image)
+        except OSError as error:
+            log.warning("no picture at step %d, training goes on: %s", state.step, error)
     accelerator.wait_for_everyone()
 
 

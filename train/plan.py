@@ -60,11 +60,12 @@ class Plan:
 
     def batch(self, step: int) -> list[Draw]:
         """The global batch of optimizer step `step`, from 0."""
-        first = step * self.batch_size
-        return [
-            Draw(self.index(first + position), step, position, self.batch_size, self.seed)
-            for position in range(self.batch_size)
-        ]
+        return [self.draw(step, position) for position in range(self.batch_size)]
+
+    def draw(self, step: int, position: int) -> Draw:
+        """The sample at one place of the global batch of `step`."""
+        index = self.index(step * self.batch_size + position)
+        return Draw(index, step, position, self.batch_size, self.seed)
 
     def index(self, number: int) -> int:
         """Source index of the sample that comes at place `number` of the whole run."""
@@ -75,7 +76,7 @@ class Plan:
         """The slice of the global batch that `rank` computes as its micro-batch number `micro`."""
         size = self.batch_size // self.ranks // self.micro_batches
         first = (rank * self.micro_batches + micro) * size
-        return self.batch(step)[first : first + size]
+        return [self.draw(step, position) for position in range(first, first + size)]
 
 
 @lru_cache(maxsize=2)  # a batch touches two epochs at most unless the data is smaller than a batch

@@ -48,6 +48,8 @@ class Record:
         self.began = self.written = time.monotonic()
         if not self.accelerator.is_main_process:
             return
+        if self.exported_step() != step:  # the weights will be others, even if they reach that step again
+            (self.folder / "exported.json").unlink(missing_ok=True)
         with replacing(self.folder / "config.yaml") as path:
             path.write_text(to_yaml(self.config), encoding="utf-8")
         lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
@@ -89,8 +91,11 @@ class Record:
         speed = len(lines) * self.config.batch_size / max(now - self.written, 1e-9)
         lines[-1]["samples_per_second"] = round(speed, 2)
         if self.accelerator.is_main_process:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(finite(line)) + "\n" for line in lines)
+            try:
+                with self.metrics.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(finite(line)) + "\n" for line in lines)
+            except OSError as error:  # a full disk: training is worth more than its log
+                log.warning("%s misses lines up to step %s: %s", self.metrics, lines[-1]["step"], error)
             self.show(int(lines[-1]["step"]), names, table.mean(0).tolist(), speed)
             self.track(lines[-1])
         self.waiting, self.written = [], now
@@ -119,9 +124,21 @@ class Record:
     def start_tracker(self) -> None:
         try:
             self.accelerator.init_trackers(self.folder.name)
-            self.tracking = True
+            self.tracking = bool(self.accelerator.trackers)  # accelerate leaves out what is not installed
+            if not self.tracking:
+                log.warning("tracker=%s has no effect: it is not installed", self.config.tracker)
         except Exception as error:  # noqa: BLE001
             log.warning("no tracker %s, metrics.jsonl goes on: %s", self.config.tracker, error)
+
+    def close(self) -> None:
+        """The end of the bar, and of the tracker, which may still hold its last lines in memory."""
+        if self.bar is not None:
+            self.bar.close()
+        try:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        except Exception as error:  # noqa: BLE001
+            log.warning("%s did not finish: %s", self.config.tracker, error)
 
     def exported_step(self) -> int:
         """The step whose weights lie in model/, -1 if none do."""
@@ -187,5 +204,4 @@ def open_run(folder: Path, config: Any, accelerator: Accelerator) -> Iterator[Re
         try:
             yield record
         finally:
-            if record.bar is not None:
-                record.bar.close()
+            record.close()

@@ -342,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         source = SceneSource(args.seed, args.size, args.style, subjects, args.font, args.split)
         sheet(args.out, source, args.count)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"wrote {args.out}")
 
