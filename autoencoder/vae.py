@@ -55,6 +55,11 @@ class AutoencoderKLConfig:
             for name in types:
                 if name not in known:
                     raise ValueError(f"{key} has {name!r}: this autoencoder knows {', '.join(known)}")
+        for key in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: expected at least 1")
+        if min(self.block_out_channels, default=0) < 1:
+            raise ValueError(f"block_out_channels={self.block_out_channels}: expected at least 1 each")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(

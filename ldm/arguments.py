@@ -28,7 +28,7 @@ examples:
   python -m ldm.generate --from fox.png --seed 8        the same recipe with another seed
 
 The path of the picture is printed on standard output, everything else on standard error.
-Exit status: 0 done, 2 the request cannot be met (nothing was written), 130 interrupted.
+Exit status: 0 done, 1 the machine failed, 2 the request cannot be met (nothing was written), 130 interrupted.
 """
 
 

@@ -55,7 +55,9 @@ def fastest(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         kernels = (
             [scaled_dot_product] if _why_not_xformers(q.device) else [scaled_dot_product, memory_efficient]
         )
-        _fastest[shape] = min(kernels, key=lambda kernel: _milliseconds(kernel, q, k, v, heads))
+        with torch.cuda.device(q.device):  # events are of the current device
+            best = min(kernels, key=lambda kernel: _milliseconds(kernel, q, k, v, heads))
+        _fastest.setdefault(shape, best)  # another thread may have been first
     return _fastest[shape](q, k, v, heads)
 
 

@@ -167,15 +167,15 @@ def load_model(
     config: Any = read_config(model_class.config_class, values, folder / "config.json")
     path = weight_file(folder, variant)
     tensors = model_class.rename_keys(read_tensors(path))
+    for name, value in tensors.items():
+        if not value.is_floating_point():
+            raise ValueError(f"{path}: {name} is stored as {value.dtype}, not one of {', '.join(DTYPES)}")
     model = empty_model(cls, config)
     check_tensors(
         {name: tuple(value.shape) for name, value in model.state_dict().items()}, tensors, path, cls
     )
     # Copied out of the mapping: aligned memory, and a file that is replaced later does no harm.
-    state = {
-        name: value.to(dtype or torch.float32 if value.is_floating_point() else value.dtype, copy=True)
-        for name, value in tensors.items()
-    }
+    state = {name: value.to(dtype or torch.float32, copy=True) for name, value in tensors.items()}
     model.load_state_dict(state, strict=True, assign=True)
     lost = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not lost, f"{cls.__name__} has buffers outside its state dict, which loading cannot fill: {lost}"

@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import json
-import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 MAX_JSON = 16 << 20  # bytes; the largest index of a sharded model is some hundred kB
+LARGEST = sys.float_info.max  # a whole number of JSON may be larger
 
 ConfigT = TypeVar("ConfigT")
 
@@ -32,9 +34,10 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     Raises FileExistsError at the end if `path` exists and overwrite is False, even if it came in between.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name[:100]}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
+    temporary = path.parent / f".{path.name[:40]}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     try:
         yield temporary
+        temporary.chmod(0o644)  # safetensors writes files that only their owner may read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         if overwrite:
@@ -42,12 +45,10 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         else:
             try:
                 os.link(temporary, path)  # unlike a rename this fails where there is something
-            except FileExistsError:
-                raise
-            except OSError as error:  # a file system without links: as near as it gets
-                if path.exists():
-                    raise FileExistsError(str(path)) from error
-                temporary.replace(path)
+            except OSError:
+                if path.exists():  # named by itself: link's own error names the temporary file
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+                temporary.replace(path)  # a file system without links: as near as it gets
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -140,7 +141,7 @@ def _fit(value: Any, hint: Any) -> Any:
         if value is None:
             return None
     elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
             return float(value)
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value

@@ -38,7 +38,7 @@ def outputs(args: argparse.Namespace, prompt: str, count: int) -> list[Path]:
 
     Raises ValueError if one of them cannot be written.
     """
-    given = Path(args.output or "./").expanduser()
+    given = Path(os.path.expanduser(args.output or "./"))  # Path.expanduser raises without such a user
     folder = not args.output or args.output.endswith("/") or os.path.isdir(given)
     path = free_path(given, prompt) if folder else given
     paths = [path]
@@ -255,9 +255,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, status = f"error: {error}", 2
     except OSError as error:  # such as a full disk
         message, status = f"error: {error.filename or ''}: {error.strerror or error}", 1
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         text = str(error)
-        if "memory" not in text:
+        if isinstance(error, RuntimeError) and "memory" not in text:
             raise
         message, status = (
             f"error: out of memory; a smaller --width and --height, or --dtype bf16 ({text[:100]!r})",

@@ -30,7 +30,7 @@ def find_folder(name: str | os.PathLike[str], variant: str | None = None) -> Pat
 
     Raises ValueError when there is no such folder, for a single file, and when the hub does not answer.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
     if path.is_dir():
         return path
     if path.is_file():
@@ -69,7 +69,8 @@ def download(repo: str, variant: str | None) -> Path:
         thread.join(PATIENCE)
     if not info:
         try:
-            return Path(hub.snapshot_download(repo, local_files_only=True))
+            # one file stands for all: without a pattern a snapshot of some files counts as incomplete
+            return Path(hub.snapshot_download(repo, allow_patterns=TEXTS[0], local_files_only=True))
         except Exception:  # noqa: BLE001  # many kinds say the same: not in the cache
             reason = "HF_HUB_OFFLINE is set" if offline else _reason(failure, repo)
             where = "it is neither a folder here nor in the cache of the hub"
@@ -77,15 +78,17 @@ def download(repo: str, variant: str | None) -> Path:
     names = [file.rfilename for file in info[0].siblings or []]
     wanted = [*TEXTS, *choose_weights(names, variant)]
     try:
-        return Path(hub.snapshot_download(repo, revision=info[0].sha, allow_patterns=wanted))
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"cannot download {repo}: {str(error).splitlines()[0]}") from None
+        # not by its hash: what is fetched under the name `main` is found again without network
+        return Path(hub.snapshot_download(repo, allow_patterns=wanted))
+    except Exception as error:  # noqa: BLE001  # its HTTP library's errors have no base class among ours
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"cannot download {repo}: {reason}") from None
 
 
 def _reason(failure: list[Exception], repo: str) -> str:
     """One clause that says why the hub gave nothing."""
     name = type(failure[0]).__name__ if failure else ""
-    if name in ("RepositoryNotFoundError", "HfHubHTTPError"):
+    if name in ("RepositoryNotFoundError", "GatedRepoError", "DisabledRepoError"):
         return f"the hub has no {repo} that you may read"
     return f"the hub does not answer ({name or f'nothing in {PATIENCE:.0f} s'})"
 

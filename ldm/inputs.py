@@ -55,7 +55,12 @@ def context_of(
         assert prompts is not None
         if shape[0] not in (None, len(prompts)) and len(prompts) != 1:
             raise ValueError(f"{len(prompts)} of {name} for {shape[0]} prompts: give one, or one for each")
-        return encode(prompts).expand(shape[0] or -1, -1, -1)
+        context = encode(prompts)
+        if shape[1] not in (None, context.shape[1]):
+            raise ValueError(
+                f"{name} has {context.shape[1]} tokens, the other embeddings {shape[1]}: give {name}_embeds"
+            )
+        return context.expand(shape[0] or -1, -1, -1)
     if embeds.ndim != 3 or any(
         want not in (None, have) for want, have in zip(shape, embeds.shape, strict=True)
     ):

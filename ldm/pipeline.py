@@ -167,7 +167,8 @@ class LatentDiffusionPipeline:
         for name in ("vae", "text_encoder", "unet"):
             save_model(getattr(self, name), folder / name, variant=variant)
         self.tokenizer.save(folder / "tokenizer")
-        write_json(folder / "scheduler" / "scheduler_config.json", self.scheduler.config)
+        write_json(folder / "scheduler/scheduler_config.json", stock.scheduler_json(self.scheduler.config))
+        (folder / DEFAULTS).unlink(missing_ok=True)  # another model's
         if self.defaults != options.Defaults():
             write_json(folder / DEFAULTS, dataclasses.asdict(self.defaults))
         write_json(
@@ -258,17 +259,17 @@ class LatentDiffusionPipeline:
         if not latents.isfinite().all():
             advice = "; use dtype=torch.float32" if self.dtype != torch.float32 else ""
             raise ValueError(f"the UNet's answer in {self.dtype} is not finite{advice}")
-        images, vae = [], self.vae
-        for row in latents.float().split(1):
-            image = vae.decode(row)
-            if not image.isfinite().all() and vae.dtype != torch.float32:
-                log.warning("the autoencoder overflows in %s: decoding in float32", vae.dtype)
-                vae = copy.deepcopy(self.vae).float()
-                image = vae.decode(row)
-            if not image.isfinite().all():
-                raise ValueError("the decoded image is not finite: are the autoencoder's weights whole?")
-            images.append((image / 2 + 0.5).clamp(0, 1))
-        return torch.cat(images)
+        rows = latents.float().split(1)
+        images = [self.vae.decode(row) for row in rows]
+        wrong = [index for index, image in enumerate(images) if not image.isfinite().all()]
+        if wrong and self.vae.dtype != torch.float32:
+            log.warning("the autoencoder overflows in %s: decoding in float32", self.vae.dtype)
+            exact = copy.deepcopy(self.vae).float()
+            for index in wrong:  # the others keep what they get alone
+                images[index] = exact.decode(rows[index])
+        if not all(image.isfinite().all() for image in images):
+            raise ValueError("the decoded image is not finite: are the autoencoder's weights whole?")
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def __call__(

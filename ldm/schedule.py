@@ -30,7 +30,7 @@ class Level(NamedTuple):
 def to_x0(prediction: Tensor, xt: Tensor, level: Level, kind: Prediction) -> Tensor:
     """x0 from a prediction of eps (Ho et al. 2020, eq. 15), of v (Salimans & Ho 2022, section 4) or of x0.
 
-    Raises ValueError for eps at a level whose alpha is the number 0.
+    Raises ValueError for eps at a level whose alpha is the number 0, and for another kind.
     """
     _, alpha, sigma = level
     if kind == "v":
@@ -39,7 +39,9 @@ def to_x0(prediction: Tensor, xt: Tensor, level: Level, kind: Prediction) -> Ten
         if not isinstance(alpha, Tensor) and alpha == 0:
             raise ValueError(NO_SIGNAL)
         return (xt - sigma * prediction) / alpha
-    return prediction
+    if kind == "x0":
+        return prediction
+    raise ValueError(f"prediction kind {kind!r}: expected eps, v or x0")
 
 
 def to_eps(x0: Tensor, xt: Tensor, level: Level) -> Tensor:
@@ -113,8 +115,10 @@ def lay_out(
 def curve(first: Tensor, last: Tensor, count: int, spacing: str) -> Tensor:
     """(count,) noise levels sigma / alpha from first to last: Karras et al. 2022, eq. 5, or even in log_snr.
 
-    Raises ValueError if first is infinite: no curve starts at zero SNR.
+    Raises ValueError if first is infinite, as no curve starts at zero SNR, or if count is less than 1.
     """
+    if count < 1:
+        raise ValueError(f"{count} steps: ask for 1 or more")
     if first.isinf():
         raise ValueError(f"{spacing} spacing cannot start at zero SNR: use trailing spacing")
     ramp = torch.linspace(0, 1, count, dtype=torch.float64)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import DIFFUSERS_VERSION, Model, check_tensors, config_json, empty_model
@@ -94,6 +94,11 @@ def scheduler_class(config: Mapping[str, Any]) -> str:
     return name
 
 
+def scheduler_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's configuration without -infinity, which JSON lacks: the default of lambda_min_clipped."""
+    return {key: value for key, value in config.items() if value != -float("inf")}
+
+
 def to_diffusers(pipe: LatentDiffusionPipeline) -> StableDiffusionPipeline:
     """diffusers' pipeline around the same weights, without a copy: a change in one is a change in both.
 
@@ -109,8 +114,7 @@ def to_diffusers(pipe: LatentDiffusionPipeline) -> StableDiffusionPipeline:
             transformers.CLIPTextConfig.from_dict(config_json(pipe.text_encoder))
         )
     for stock, ours in ((unet, pipe.unet), (vae, pipe.vae), (text, pipe.text_encoder)):
-        stock.load_state_dict(ours.state_dict(keep_vars=True), strict=True, assign=True)
-        stock.eval()
+        _share(stock, ours.state_dict(keep_vars=True))
     positions = text.embeddings  # of transformers: a buffer outside its state dict
     positions.position_ids = torch.arange(
         pipe.text_encoder.config.max_position_embeddings, device=pipe.device
@@ -142,6 +146,9 @@ def parts_of(stock: StableDiffusionPipeline) -> dict[str, Any]:
         found = type(getattr(stock, name, None)).__name__
         if names and found not in names:
             raise ValueError(f"{name} is a {found}: expected a {names[0]}")
+    config: dict[str, Any] = {"_class_name": type(stock.scheduler).__name__} | dict(stock.scheduler.config)
+    for key in config.pop("_use_default_values", []):  # another solver's class has its own
+        config.pop(key, None)
     with tempfile.TemporaryDirectory() as folder:
         stock.tokenizer.save_pretrained(folder)
         tokenizer = Tokenizer.from_folder(folder)
@@ -150,10 +157,16 @@ def parts_of(stock: StableDiffusionPipeline) -> dict[str, Any]:
         "text_encoder": _around(CLIPTextEncoder, stock.text_encoder, stock.text_encoder.config.to_dict()),
         "tokenizer": tokenizer,
         "unet": _around(UNet, stock.unet, dict(stock.unet.config)),
-        "scheduler": Scheduler.from_config(
-            {"_class_name": type(stock.scheduler).__name__} | dict(stock.scheduler.config)
-        ),
+        "scheduler": Scheduler.from_config(config),
     }
+
+
+def _share(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Makes these tensors the model's own, without a copy; what is frozen stays so."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(tensors[name].requires_grad)  # assigning gives the tensor this flag
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.eval()
 
 
 def _around(cls: type[ModuleT], stock: nn.Module, values: dict[str, Any]) -> ModuleT:
@@ -164,5 +177,5 @@ def _around(cls: type[ModuleT], stock: nn.Module, values: dict[str, Any]) -> Mod
     tensors = model_class.rename_keys(stock.state_dict(keep_vars=True))
     want = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     check_tensors(want, tensors, source, cls)
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model.eval()
+    _share(model, tensors)
+    return model

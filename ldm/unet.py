@@ -133,6 +133,11 @@ class UNetConfig:
             raise ValueError(
                 f"cross_attention_dim={self.cross_attention_dim!r}: expected one number for all levels"
             )
+        sizes = ("in_channels", "out_channels", "cross_attention_dim", "norm_num_groups")
+        for key in (*sizes, "block_out_channels", *self.PER_LEVEL[1:]):  # but only_cross_attention
+            value = getattr(self, key)
+            if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
+                raise ValueError(f"{key}={value}: expected at least 1")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(

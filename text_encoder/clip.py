@@ -213,9 +213,10 @@ class CLIPTextEncoder(nn.Module):
             raise ValueError(f"clip_skip={count}: a text encoder of {layers} layers takes 0 to {layers - 1}")
         with torch.device("meta"):
             fewer = CLIPTextEncoder(replace(self.config, num_hidden_layers=layers - count))
-        ours = self.state_dict(keep_vars=True)
-        fewer.load_state_dict({name: ours[name] for name in fewer.state_dict()}, assign=True)
-        return fewer.train(self.training)
+        fewer.embeddings, fewer.final_layer_norm = self.embeddings, self.final_layer_norm
+        fewer.encoder.layers = self.encoder.layers[: layers - count]
+        fewer.training = self.training
+        return fewer
 
     def reset_parameters(self) -> None:
         """Draws new weights; the residual branches start smaller the more layers there are (GPT-2's rule)."""

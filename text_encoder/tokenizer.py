@@ -133,7 +133,8 @@ class Tokenizer:
         if (folder / "tokenizer.json").exists():
             source = folder / "tokenizer.json"
             whole = _read_json(source)
-            model = whole.get("model", {})
+            model = whole.get("model")
+            model = model if isinstance(model, dict) else {}
             if model.get("type") != "BPE" or model.get("end_of_word_suffix") != LAST:
                 raise ValueError(f"{source} is not a CLIP tokenizer's: expected BPE with suffix {LAST!r}")
             vocab, lines = model.get("vocab", {}), model.get("merges", [])
@@ -152,7 +153,7 @@ class Tokenizer:
             for name, token_id in ids.items():
                 if tokenizer.token_id(name) != token_id:
                     raise ValueError(f"the added token {name!r} cannot have the id {token_id}")
-        except (ValueError, KeyError, TypeError) as error:  # the latter two: JSON of another form
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # or JSON of another form
             raise ValueError(f"{source}, or a settings file beside it: {error!s}") from error
         return tokenizer
 
@@ -160,6 +161,8 @@ class Tokenizer:
         """Writes the files that CLIPTokenizer of transformers 4 and 5 reads, with the same ids."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer.json", "added_tokens.json"):  # another tokenizer's, which readers prefer
+            (folder / name).unlink(missing_ok=True)
         vocab = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
         (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
         lines = [VERSION, *(f"{left} {right}" for left, right in self.merges)]
@@ -255,7 +258,7 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected an object")
