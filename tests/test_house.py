@@ -189,7 +189,7 @@ def test_the_bundled_model_is_whole_and_small():
         assert (bundled / name).is_file(), f"ldm/bundled/{name} is missing"
     files = [path for path in bundled.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 60e6
-    assert {path.suffix for path in files} <= {".json", ".txt", ".md", ".safetensors"}
+    assert {path.suffix for path in files} <= {".json", ".txt", ".md", ".png", ".safetensors"}
 
 
 def test_versions_and_licence_agree():
