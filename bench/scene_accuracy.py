@@ -53,7 +53,7 @@ def labels(scene: Scene, subjects: tuple[str, ...]) -> dict[str, int]:
 
 def to_pixels(image: Image.Image) -> Tensor:
     """(3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
 
 
 class Judge(nn.Module):
