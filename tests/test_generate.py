@@ -289,7 +289,15 @@ def test_ctrl_c_leaves_nothing(model, tmp_path):
     arguments = command(
         PROMPT, f"--model={model}", "--steps=500", "--progress=json", f"--output={tmp_path}/new/"
     )
-    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell starts what runs in its background deaf to Ctrl-C, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert json.loads(process.stderr.readline())["step"] == 1  # it is sampling
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
