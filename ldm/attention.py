@@ -43,26 +43,20 @@ def memory_efficient(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         ) from error
 
 
-def fastest(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """The kernel that was fastest for this shape on this CUDA device; elsewhere torch's own.
+def automatic(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """xformers' kernels on CUDA where they can run, else torch's own.
 
-    Timed once a shape. The batch size is no part of it: batch mates must not change an image's kernel.
+    A rule and no stopwatch: in every process the same shapes take the same kernel, so pictures repeat.
     """
-    if not q.is_cuda or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if not q.is_cuda or torch.compiler.is_compiling() or _why_not_xformers(q.device):
         return scaled_dot_product(q, k, v, heads)
-    shape = (q.device, q.dtype, heads, q.shape[1:], k.shape[1:], torch.is_grad_enabled() and q.requires_grad)
-    if shape not in _fastest:
-        kernels = (
-            [scaled_dot_product] if _why_not_xformers(q.device) else [scaled_dot_product, memory_efficient]
-        )
-        with torch.cuda.device(q.device):  # events are of the current device
-            best = min(kernels, key=lambda kernel: _milliseconds(kernel, q, k, v, heads))
-        _fastest.setdefault(shape, best)  # another thread may have been first
-    return _fastest[shape](q, k, v, heads)
+    try:
+        return memory_efficient(q, k, v, heads)
+    except ValueError:  # no kernel for this shape or type, such as heads of very many channels
+        return scaled_dot_product(q, k, v, heads)
 
 
-_fastest: dict[tuple[object, ...], Kernel] = {}  # what `fastest` has measured in this process
-BACKENDS: dict[str, Kernel] = {"auto": fastest, "sdpa": scaled_dot_product, "xformers": memory_efficient}
+BACKENDS: dict[str, Kernel] = {"auto": automatic, "sdpa": scaled_dot_product, "xformers": memory_efficient}
 
 
 def check_backend(backend: str, device: torch.device) -> None:
@@ -86,29 +80,10 @@ def _why_not_xformers(device: torch.device) -> str:
 
         probe = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device=device)
         memory_efficient_attention(probe, probe, probe)
-    except (ImportError, NotImplementedError, RuntimeError) as error:  # built for another torch, CUDA or GPU
+    except (ImportError, OSError, NotImplementedError, RuntimeError) as error:  # not built for this machine
         reason = str(error).partition("\n")[0]
         return f"its build does not fit this GPU or torch {torch.__version__} ({reason})"
     return ""
-
-
-def _milliseconds(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, heads: int, repeats: int = 5) -> float:
-    """Time of one call, with its backward pass where q needs a gradient; infinite if it cannot run."""
-    backward = torch.is_grad_enabled() and q.requires_grad
-    q, k, v = (x.detach().requires_grad_(backward) for x in (q, k, v))
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    try:
-        for repeat in range(repeats + 1):  # the first one warms up
-            if repeat == 1:
-                start.record()
-            out = kernel(q, k, v, heads)
-            if backward:
-                torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-    except (ValueError, RuntimeError):
-        return float("inf")
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / repeats
 
 
 class CrossAttention(nn.Module):
