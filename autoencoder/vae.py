@@ -302,8 +302,3 @@ class AutoencoderKL(nn.Module):
     def rename_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Old names of the attention layers to today's."""
         return rename_attention(state_dict)
-
-    @staticmethod
-    def save_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The names that we write: today's."""
-        return state_dict

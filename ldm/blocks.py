@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.layers import ResnetBlock
+from autoencoder.layers import ResnetBlock, scaled_dot_product
 
 
 def timestep_embedding(t: Tensor, channels: int, *, cos_first: bool, freq_shift: float) -> Tensor:
@@ -59,6 +59,42 @@ class NoClasses(nn.Module):
             raise ValueError(
                 "class_labels given, but this UNet has no classes (num_class_embeds is null in its config)"
             )
+        return temb
+
+
+class AttentionPooling(nn.Module):
+    """(B, N, D) -> (B, D): the mean of the tokens looks at all of them (Radford et al. 2021, section 2.4)."""
+
+    def __init__(self, channels: int, *, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(1, channels) / channels**0.5)
+        self.k_proj, self.q_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(dim=1, keepdim=True) + self.positional_embedding
+        x = torch.cat([mean, x], dim=1)
+        return scaled_dot_product(self.q_proj(mean), self.k_proj(x), self.v_proj(x), self.heads)[:, 0]
+
+
+class PooledText(nn.Module):
+    """temb (B, E) plus the whole text in one vector: GLIDE's and Imagen's second way for the text to act."""
+
+    def __init__(self, context_channels: int, channels: int, *, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(context_channels)
+        self.pool = AttentionPooling(context_channels, heads=heads)
+        self.proj = nn.Linear(context_channels, channels)
+        self.norm2 = nn.LayerNorm(channels)
+
+    def forward(self, temb: Tensor, context: Tensor) -> Tensor:
+        return temb + self.norm2(self.proj(self.pool(self.norm1(context))))
+
+
+class NoPooledText(nn.Module):
+    """temb, as it is: the text acts through cross-attention alone."""
+
+    def forward(self, temb: Tensor, context: Tensor | None) -> Tensor:
         return temb
 
 

@@ -31,6 +31,8 @@ from ldm.blocks import (
     MidBlock,
     NoClasses,
     NoMidBlock,
+    NoPooledText,
+    PooledText,
     Resample,
     ScaleShiftResnet,
     TimeEmbedding,
@@ -71,6 +73,8 @@ class UNetConfig:
     attention_head_dim: int | tuple[int, ...] = 8  # per level; the *number* of heads: see cross_attention
     use_linear_projection: bool = False
     num_class_embeds: int | None = None  # classes, or noise levels of an upscaler
+    addition_embed_type: str | None = None  # "text": the text also acts as one vector, added to the time's
+    addition_embed_type_num_heads: int = 64  # of the attention that pools it
     upcast_attention: bool = False  # no effect: our kernels sum in float32 whatever the type of q and k
     resnet_time_scale_shift: str = "default"  # "scale_shift": ADM's adaptive group norm
 
@@ -83,7 +87,6 @@ class UNetConfig:
         "num_attention_heads": None,
         "dual_cross_attention": False,
         "class_embed_type": None,
-        "addition_embed_type": None,
         "addition_time_embed_dim": None,
         "resnet_skip_time_act": False,
         "resnet_out_scale_factor": 1.0,
@@ -99,7 +102,6 @@ class UNetConfig:
         "class_embeddings_concat": False,
         "mid_block_only_cross_attention": None,
         "cross_attention_norm": None,
-        "addition_embed_type_num_heads": 64,
     }
     PER_LEVEL: ClassVar[tuple[str, ...]] = (
         "only_cross_attention",
@@ -124,6 +126,7 @@ class UNetConfig:
             ("mid_block_type", (self.mid_block_type,), MID_BLOCKS),
             ("up_block_types", self.up_block_types, UP_BLOCKS),
             ("resnet_time_scale_shift", (self.resnet_time_scale_shift,), RESNETS),
+            ("addition_embed_type", (self.addition_embed_type,), (None, "text")),
             ("act_fn", (self.act_fn,), ("silu", "swish")),
         ):
             for name in names:
@@ -134,7 +137,8 @@ class UNetConfig:
                 f"cross_attention_dim={self.cross_attention_dim!r}: expected one number for all levels"
             )
         sizes = ("in_channels", "out_channels", "cross_attention_dim", "norm_num_groups")
-        for key in (*sizes, "block_out_channels", *self.PER_LEVEL[1:]):  # but only_cross_attention
+        heads = "addition_embed_type_num_heads"
+        for key in (*sizes, heads, "block_out_channels", *self.PER_LEVEL[1:]):  # but only_cross_attention
             value = getattr(self, key)
             if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
                 raise ValueError(f"{key}={value}: expected at least 1")
@@ -144,6 +148,11 @@ class UNetConfig:
                     f"block_out_channels={self.block_out_channels}: {channels} is not a multiple of "
                     f"norm_num_groups={self.norm_num_groups}"
                 )
+        if self.addition_embed_type and self.cross_attention_dim % self.addition_embed_type_num_heads:
+            raise ValueError(
+                f"addition_embed_type_num_heads={self.addition_embed_type_num_heads} does not divide "
+                f"cross_attention_dim={self.cross_attention_dim}"
+            )
 
     def per_level(self, key: str) -> tuple[Any, ...]:
         """The value of a "per level" key for each level, largest latents first."""
@@ -253,6 +262,13 @@ def no_mid(config: UNetConfig) -> nn.Module:
     return NoMidBlock()
 
 
+def pooled_text(config: UNetConfig) -> nn.Module:
+    if config.addition_embed_type is None:
+        return NoPooledText()
+    width, heads = config.cross_attention_dim, config.addition_embed_type_num_heads
+    return PooledText(width, 4 * config.block_out_channels[0], heads=heads)
+
+
 MID_BLOCKS = {"UNetMidBlock2DCrossAttn": cross_attention_mid, "UNetMidBlock2D": resnet_mid, None: no_mid}
 
 
@@ -302,6 +318,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
         self.time_embedding = TimeEmbedding(width, 4 * width)
         self.class_embedding = NoClasses() if classes is None else ClassEmbedding(classes, 4 * width)
+        self.add_embedding = pooled_text(config)
         down, skips = down_blocks(config)
         self.down_blocks = nn.ModuleList(down)
         self.mid_block = MID_BLOCKS[config.mid_block_type](config)
@@ -327,6 +344,7 @@ class UNet(nn.Module):
         """
         context = context if context is None else context.to(self.dtype)
         temb = self.class_embedding(self.time_embedding(self.embed_time(t).to(self.dtype)), class_labels)
+        temb = self.add_embedding(temb, context)
         skips = [self.conv_in(xt.to(self.dtype))]
         for block in self.down_blocks:
             skips += block(skips[-1], temb, context)
@@ -352,8 +370,3 @@ class UNet(nn.Module):
     def rename_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Old names of the attention layers to today's."""
         return rename_attention(state_dict)
-
-    @staticmethod
-    def save_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The names that we write: today's."""
-        return state_dict
