@@ -137,6 +137,8 @@ def settle(args: argparse.Namespace) -> tuple[dict[str, Any], Recipe | None]:
         found = read_recipe(Path(args.source))
         if isinstance(found, Recipe):
             recipe, settled = found, dataclasses.asdict(found)
+            if args.model is not None:
+                del settled["variant"]  # of the model that the picture was made by
         else:
             settled = {name: value for name, value in found.items() if not name.startswith("model")}
             log.warning("%s is from another program: this picture will differ from it", args.source)

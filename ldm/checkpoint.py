@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -86,15 +86,19 @@ def has_variant(folder: Path, variant: str) -> bool:
     return any((folder / f"{stem}{ending}").is_file() for stem in WEIGHT_NAMES for ending in endings)
 
 
-def model_hash(folder: Path, variant: str | None = None) -> str:
-    """The first 10 hex digits of the SHA-256 of a model's weight file, or of its index and shards."""
-    path = weight_file(folder, variant)
-    shards = sorted(set(read_json(path)["weight_map"].values())) if path.suffix == ".json" else []
+def model_hash(folders: Iterable[Path], variant: str | None = None) -> str:
+    """The first 10 hex digits of the SHA-256 of some models' weight files, or of their indices and shards.
+
+    variant: for the models that have it.
+    """
     digest = hashlib.sha256()
-    for each in (path, *(folder / name for name in shards)):
-        with each.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+    for folder in folders:
+        path = weight_file(folder, variant if variant and has_variant(folder, variant) else None)
+        shards = sorted(set(read_json(path)["weight_map"].values())) if path.suffix == ".json" else []
+        for each in (path, *(folder / name for name in shards)):
+            with each.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
     return digest.hexdigest()[:10]
 
 

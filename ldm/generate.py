@@ -53,23 +53,12 @@ def outputs(args: argparse.Namespace, prompt: str, count: int) -> list[Path]:
 
 def find_device(name: str | None, recipe: Recipe | None) -> torch.device:
     """The device by that name, that of the recipe, or the fastest. Raises ValueError if it is not here."""
-    import torch
+    from ldm.inputs import check_device, devices
 
-    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name is None and recipe is not None and usable.get(recipe.device):
+    here = devices()
+    if name is None and recipe is not None and recipe.device in here:
         name = recipe.device
-    name = name or next(each for each in ("cuda", "mps", "cpu") if usable[each])
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    here = ", ".join(each for each in usable if usable[each])
-    if device is None or not usable.get(device.type):
-        raise ValueError(f"device={name!r} is not here: this machine has {here}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(f"device={name!r}: there are {count} CUDA devices, counted from 0")
-    return device
+    return check_device(name or here[0])
 
 
 def check_same(recipe: Recipe, source: Recipe, asked: str | None) -> None:
@@ -99,8 +88,8 @@ def prepare(
     import torch
 
     import ldm
-    from ldm import pipeline
-    from ldm.checkpoint import has_variant, model_hash
+    from ldm import pipeline, stock
+    from ldm.checkpoint import model_hash
     from ldm.hub import find_folder
     from ldm.inputs import seeds_of
     from ldm.solvers import SOLVERS
@@ -114,10 +103,11 @@ def prepare(
     model, variant = settled.get("model") or BUNDLED, settled.get("variant")
     if model == BUNDLED and not pipeline.BUNDLED.is_dir():
         raise ValueError("this installation carries no bundled model: name a folder or a hub id with --model")
-    folder = pipeline.BUNDLED if model == BUNDLED else find_folder(model, variant)
+    # what a picture names is fetched only when the user names it too
+    fetch = source is None or args.model is not None
+    folder = pipeline.BUNDLED if model == BUNDLED else find_folder(model, variant, fetch=fetch)
     with ThreadPoolExecutor(1) as beside:  # hashing lets go of the interpreter
-        special = variant and has_variant(folder / "unet", variant)
-        digest: Future[str] = beside.submit(model_hash, folder / "unet", variant if special else None)
+        digest: Future[str] = beside.submit(model_hash, [folder / name for name in stock.MODELS], variant)
         pipe = pipeline.LatentDiffusionPipeline.from_pretrained(folder, dtype=dtype, variant=variant)
         pipe.to(device)
     height, width = pipe.default_size
@@ -233,8 +223,14 @@ def generate(args: argparse.Namespace) -> Path:
     pipe, recipe = prepare(args, settled, source)
     progress = Progress(args.progress, pipe, recipe.num_images)
     images, frames = draw(pipe, recipe, progress, show_steps=args.show_steps)
-    save(paths, recipe, images, frames, args)
-    return paths[0]
+    while True:
+        try:
+            save(paths, recipe, images, frames, args)
+            return paths[0]
+        except FileExistsError:  # another process has taken this counter meanwhile, or this very name
+            paths, taken = outputs(args, recipe.prompt, recipe.num_images), paths
+            if paths == taken:
+                raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -250,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(generate(args))
         return 0
     except KeyboardInterrupt:
-        message, status = "interrupted: nothing was written", 130
+        message, status = "interrupted", 130  # pictures are written whole or not at all
     except ValueError as error:
         message, status = f"error: {error}", 2
     except OSError as error:  # such as a full disk

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -69,6 +69,42 @@ def context_of(
         )
         raise ValueError(f"{name}_embeds has shape {tuple(embeds.shape)}: expected ({expected})")
     return embeds
+
+
+def devices() -> list[str]:
+    """The kinds of device that this machine has, the fastest first."""
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, here in usable.items() if here]
+
+
+def check_device(name: str | torch.device) -> torch.device:
+    """The device by its name. Raises ValueError, with those that are, if this machine does not have it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in devices():
+        raise ValueError(f"device={str(name)!r} is not here: this machine has {', '.join(devices())}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ValueError(f"device={str(name)!r}: there are {count} CUDA devices, counted from 0")
+    return device
+
+
+def check_answer(answer: object, xt: Tensor) -> Tensor:
+    """The latents that a callback asks to go on from: its answer's, or xt as it is.
+
+    Raises ValueError unless answer is None or {"latents": a tensor like xt}.
+    """
+    answer = {} if answer is None else answer
+    if not isinstance(answer, Mapping) or answer.keys() - {"latents"}:
+        given = list(answer) if isinstance(answer, Mapping) else type(answer).__name__
+        raise ValueError(f'callback_on_step_end returned {given}: expected None or {{"latents": tensor}}')
+    latents = answer.get("latents", xt)
+    if not isinstance(latents, Tensor) or latents.shape != xt.shape:
+        shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        raise ValueError(f"callback_on_step_end returned latents {shape}: expected {tuple(xt.shape)}")
+    return latents
 
 
 def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:

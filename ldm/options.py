@@ -47,7 +47,8 @@ def check_guidance(scale: float, rescale: float = 0.0, interval: tuple[float, fl
     if not _number(rescale) or not 0 <= rescale <= 1:
         raise ValueError(f"guidance_rescale={rescale!r}: expected a number from 0 (off) to 1; 0.7 is usual")
     if interval is not None:
-        pair = isinstance(interval, tuple | list) and len(interval) == 2 and all(map(_number, interval))
+        pair = isinstance(interval, tuple | list) and len(interval) == 2
+        pair = pair and all(_number(end) or end in (-math.inf, math.inf) for end in interval)
         if not pair or not interval[0] < interval[1]:
             raise ValueError(
                 f"guidance_interval={interval!r}: expected (low, high) in log(alpha / sigma), low < high"

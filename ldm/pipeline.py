@@ -86,21 +86,7 @@ class LatentDiffusionPipeline:
         self.defaults = defaults or options.Defaults()
         self._dtype_by_device = False  # from_pretrained chose the dtype: .to(device) chooses again
         self._progress: dict[str, Any] = {}
-        fits = {
-            "unet.in_channels and vae.latent_channels": (unet.config.in_channels, vae.config.latent_channels),
-            "unet.cross_attention_dim and text_encoder.hidden_size": (
-                unet.config.cross_attention_dim,
-                text_encoder.config.hidden_size,
-            ),
-        }
-        for name, (one, other) in fits.items():
-            if one != other:
-                raise ValueError(f"{name} differ: {one} and {other}. Are these parts of one model?")
-        if len(tokenizer) > text_encoder.config.vocab_size:
-            known = f"the text encoder knows {text_encoder.config.vocab_size}"
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, {known}. Are these parts of one model?"
-            )
+        stock.check_fit(vae, text_encoder, tokenizer, unet)
         options.check_choice("sampler", self.defaults.sampler or scheduler.solver, SOLVERS)
 
     @classmethod
@@ -127,7 +113,7 @@ class LatentDiffusionPipeline:
         chosen = dtype or torch_dtype
         folder = find_folder(path, variant)
         stock.check_index(folder)
-        parts = [folder / name for name in ("vae", "text_encoder", "unet")]
+        parts = [folder / name for name in stock.MODELS]
         variants = [variant if variant and has_variant(part, variant) else None for part in parts]
         if variant and not any(variants):
             raise ValueError(f"{folder} has no variant {variant!r} of any part")
@@ -164,7 +150,7 @@ class LatentDiffusionPipeline:
         folder = Path(folder)
         if self._dtype_by_device and self.dtype != torch.float32:
             log.warning("the weights are saved as %s, as they were loaded here by default", self.dtype)
-        for name in ("vae", "text_encoder", "unet"):
+        for name in stock.MODELS:
             save_model(getattr(self, name), folder / name, variant=variant)
         self.tokenizer.save(folder / "tokenizer")
         write_json(folder / "scheduler/scheduler_config.json", stock.scheduler_json(self.scheduler.config))
@@ -206,9 +192,7 @@ class LatentDiffusionPipeline:
                 dtype = place
             else:
                 device = place
-        target = torch.device(device) if device is not None else self.device
-        if target.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device={str(target)!r}: this torch sees no CUDA device; use 'cpu'")
+        target = inputs.check_device(device) if device is not None else self.device
         self._dtype_by_device &= dtype is None
         if self._dtype_by_device:
             dtype = default_dtype(target)
@@ -227,7 +211,7 @@ class LatentDiffusionPipeline:
         self.unet.set_attention_backend("xformers")
 
     def disable_xformers_memory_efficient_attention(self) -> None:
-        """The UNet's attention by the fastest kernel that runs, as it is from the start."""
+        """The UNet's attention by xformers on CUDA where it can run, else torch's own: as from the start."""
         self.unet.set_attention_backend("auto")
 
     def enable_vae_slicing(self) -> None:
@@ -327,8 +311,8 @@ class LatentDiffusionPipeline:
             xt = step.xt
             if callback_on_step_end is not None:
                 given = {key: step.x0 if key == "x0" else xt for key in callback_on_step_end_tensor_inputs}
-                answer = callback_on_step_end(self, step.index, int(tableau.steps.t[step.index]), given) or {}
-                xt.copy_(answer.get("latents", xt))  # the trajectory goes on from this tensor
+                answer = callback_on_step_end(self, step.index, int(tableau.steps.t[step.index]), given)
+                xt.copy_(inputs.check_answer(answer, xt))  # the trajectory goes on from this tensor
         images = FORMATS[output_type](xt if output_type == "latent" else self.decode(xt))
         return PipelineOutput(images, seeds, cut) if return_dict else (images, None)  # type: ignore[return-value]
 
@@ -359,7 +343,10 @@ class LatentDiffusionPipeline:
         given: Sequence[str] | Tensor | None = prompts if embeds is None else embeds
         options.check_count(images, 1 if given is None else len(given))
         context = inputs.context_of(prompts, embeds, encode, (None, None, width), "prompt")
-        uncond = inputs.context_of(negatives, negative_embeds, encode, context.shape, "negative_prompt")
+        # whole also with clip_skip, as in diffusers
+        uncond = inputs.context_of(
+            negatives, negative_embeds, self.encode_prompts, context.shape, "negative_prompt"
+        )
         cut = inputs.what_is_cut(prompts or [], self.tokenizer, "prompt")
         inputs.what_is_cut(negatives or [], self.tokenizer, "negative prompt")
         context, uncond = (

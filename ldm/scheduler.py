@@ -77,6 +77,25 @@ ACCEPTED: dict[str, tuple[object, ...]] = {
 }
 
 
+MAX_TIMESTEPS = 1_000_000
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the key, for a number of a scheduler_config.json that cannot be."""
+    for key, low in (("num_train_timesteps", 1), ("steps_offset", 0), ("solver_order", 1)):
+        value = config.get(key, low)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= MAX_TIMESTEPS:
+            raise ValueError(f"{key}={value!r}: expected a whole number from {low} to {MAX_TIMESTEPS}")
+    betas = {key: config[key] for key in ("beta_start", "beta_end") if key in config}
+    trained = config.get("trained_betas")
+    if trained is not None and (not isinstance(trained, list | tuple) or not trained):
+        raise ValueError(f"trained_betas={trained!r}: expected a list of numbers between 0 and 1")
+    betas |= {f"trained_betas[{i}]": beta for i, beta in enumerate(trained or [])}
+    for key, beta in betas.items():
+        if not isinstance(beta, int | float) or not 0 < beta < 1:
+            raise ValueError(f"{key}={beta!r}: expected a number between 0 and 1")
+
+
 def read_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     """The noise schedule of a scheduler_config.json. Raises ValueError for an unknown beta_schedule."""
     heun = config["_class_name"] == "HeunDiscreteScheduler"  # the one class with other defaults
@@ -126,6 +145,7 @@ class Scheduler:
                     f"{name} with {key}={stated[key]!r} is not implemented: set it to "
                     f"{' or '.join(map(repr, values))} in scheduler_config.json"
                 )
+        check_numbers(config)
         schedule = read_schedule(config)
         schedule.require(PREDICTIONS[kind])
         solver = next(solver for solver, its_class in CLASSES.items() if its_class == name)

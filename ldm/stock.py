@@ -38,6 +38,7 @@ PARTS = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
     "scheduler": ("diffusers", None),  # Scheduler.from_config knows which
 }
+MODELS = ("vae", "text_encoder", "unet")  # the parts with weights
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
 
 # What scripts for diffusers call and this pipeline does not have, each with what to do instead.
@@ -84,6 +85,37 @@ def check_index(folder: Path) -> None:
     for key, value in index.items():
         if not key.startswith("_") and key not in (*PARTS, *UNUSED) and value not in (None, [None, None]):
             raise ValueError(f"{path}: {key} is no part of a Stable Diffusion 1 or 2 pipeline")
+
+
+def check_fit(vae: AutoencoderKL, text_encoder: CLIPTextEncoder, tokenizer: Tokenizer, unet: UNet) -> None:
+    """Raises ValueError unless these can be parts of one model from text to image."""
+    pixels, latents, words = vae.config, unet.config, text_encoder.config
+    for name, one, other in (
+        ("unet.in_channels and vae.latent_channels", latents.in_channels, pixels.latent_channels),
+        (
+            "unet.cross_attention_dim and text_encoder.hidden_size",
+            latents.cross_attention_dim,
+            words.hidden_size,
+        ),
+    ):
+        if one != other:
+            raise ValueError(f"{name} differ: {one} and {other}. Are these parts of one model?")
+    for what, have, room in (
+        ("has {} tokens, the text encoder knows {}", len(tokenizer), words.vocab_size),
+        (
+            "gives {} tokens a prompt, the text encoder has {} positions",
+            tokenizer.max_length,
+            words.max_position_embeddings,
+        ),
+    ):
+        if have > room:
+            raise ValueError(f"the tokenizer {what.format(have, room)}. Are these parts of one model?")
+    if pixels.out_channels != 3:
+        raise ValueError(f"vae.out_channels={pixels.out_channels}: expected 3, red, green and blue")
+    if latents.num_class_embeds is not None:
+        raise ValueError(
+            f"unet.num_class_embeds={latents.num_class_embeds}: a pipeline from text to image has no classes"
+        )
 
 
 def scheduler_class(config: Mapping[str, Any]) -> str:

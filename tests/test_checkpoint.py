@@ -58,7 +58,7 @@ def test_what_is_saved_comes_back_to_the_last_bit(original):
     state = loaded.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in unet.state_dict().items())
     assert sorted(os.listdir(folder)) == ["config.json", WEIGHTS]
-    assert len(model_hash(folder)) == 10
+    assert len(model_hash([folder])) == 10
 
 
 def test_a_loaded_model_can_be_trained_and_does_not_change_its_file(folder):
@@ -77,7 +77,7 @@ def test_dtype_and_variant(original, folder):
     assert (
         load_model(UNet, folder, variant="fp16").dtype == torch.float32
     )  # None is float32, whatever the file has
-    assert model_hash(folder) != model_hash(folder, "fp16")
+    assert model_hash([folder]) != model_hash([folder], "fp16")
     with pytest.raises(
         ValueError, match=r"no variant 'fp8'; it holds diffusion_pytorch_model\.fp16\.safetensors"
     ):
@@ -103,7 +103,7 @@ def test_shards(original, folder):
     shard(folder)
     loaded = load_model(UNet, folder).state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in original[0].state_dict().items())
-    assert len(model_hash(folder)) == 10
+    assert len(model_hash([folder])) == 10
     (folder / "two.safetensors").unlink()
     with pytest.raises(ValueError, match=r"two\.safetensors is missing"):
         load_model(UNet, folder)

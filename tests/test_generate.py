@@ -139,6 +139,43 @@ def test_a_model_by_its_folder(run, model, tmp_path):
         tiny_pipeline().save_pretrained(model)
 
 
+def test_what_a_picture_names_is_never_fetched(run, tmp_path, monkeypatch):
+    def ask(*_: object, **__: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", ask)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    save_picture(
+        Image.new("RGB", (8, 8)), tmp_path / "x.png", dataclasses.replace(RECIPE, model="some/model")
+    )
+    status, _, err = run("--from=x.png")
+    assert status == 2
+    assert "only a name given with --model is fetched" in err
+
+
+def test_another_model_has_its_own_variant(run, model, tmp_path):
+    recipe = dataclasses.replace(RECIPE, model="some/model", variant="fp8")
+    save_picture(Image.new("RGB", (8, 8)), tmp_path / "x.png", recipe)
+    assert run("--from=x.png", f"--model={model}", "--output=y.png")[0] == 0
+    assert read_recipe(tmp_path / "y.png").variant is None
+
+
+def test_a_counter_that_another_process_took(run, tmp_path, monkeypatch):
+    """The picture gets the next one; a name that was asked for is not written over."""
+    slow = generate.draw
+
+    def draw(*arguments: object, **options: object) -> object:
+        (tmp_path / "a-red-fox-in-snow-0001.png").write_text("precious")
+        return slow(*arguments, **options)
+
+    monkeypatch.setattr(generate, "draw", draw)
+    assert run(PROMPT)[:2] == (0, "a-red-fox-in-snow-0002.png\n")
+    (tmp_path / "a-red-fox-in-snow-0001.png").unlink()
+    status, _, err = run(PROMPT, "--output=a-red-fox-in-snow-0001.png")
+    assert (status, "exists" in err) == (2, True)
+    assert (tmp_path / "a-red-fox-in-snow-0001.png").read_text() == "precious"
+
+
 def test_a_picture_of_another_program(run, tmp_path):
     pairs = "Steps: 3, Sampler: Euler a, CFG scale: 5, Seed: 9, Size: 24x16, Model: v1-5"
     text = f"a boat\nat sea\nNegative prompt: fog\n{pairs}"
@@ -303,7 +340,7 @@ def test_ctrl_c_leaves_nothing(model, tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert out == ""
-    assert err.splitlines()[-1] == "interrupted: nothing was written"
+    assert err.splitlines()[-1] == "interrupted"
     assert not os.listdir(tmp_path)
 
 

@@ -287,6 +287,19 @@ def test_a_negative_prompt_without_guidance_is_told(pipe, caplog):
         ({"guidance_scale": -1}, "guidance_scale=-1"),
         ({"guidance_rescale": 2}, "guidance_rescale=2: expected a number from 0"),
         ({"guidance_interval": (1, 1)}, r"guidance_interval=\(1, 1\): expected \(low, high\)"),
+        ({"guidance_interval": (float("nan"), 1)}, r"guidance_interval=\(nan, 1\): expected"),
+        (
+            {"callback_on_step_end": lambda *_: torch.zeros(1)},
+            r"callback_on_step_end returned Tensor: expected None",
+        ),
+        (
+            {"callback_on_step_end": lambda *_: {"prompt_embeds": None}},
+            r"callback_on_step_end returned \['prompt_embeds'\]: expected None",
+        ),
+        (
+            {"callback_on_step_end": lambda *_: {"latents": torch.zeros(1, 4, 2, 2)}, **SMALL, **ODD},
+            r"returned latents \(1, 4, 2, 2\): expected \(1, 4, 12, 20\)",
+        ),
         ({"seed": -1}, "seed=-1: expected a whole number from 0 to 2"),
         ({"seed": 2**64}, "seed=18446744073709551616: expected"),
         ({"seed": "abc"}, "seed='abc': expected"),
@@ -320,6 +333,26 @@ def test_a_negative_prompt_without_guidance_is_told(pipe, caplog):
 def test_what_cannot_be(pipe, options, message):
     with pytest.raises(ValueError, match=message):
         pipe(**{"prompt": PROMPT, **options})
+
+
+@pytest.mark.parametrize("name", ["cuda:7", "cuda:-1", "tpu", "gpu"])
+def test_a_device_that_is_not_here(name):
+    if name == "cuda:7" and torch.cuda.device_count() > 7:
+        pytest.skip("this machine has eight GPUs")
+    with pytest.raises(ValueError, match=f"device='{name}'"):
+        tiny_pipeline().to(name)
+
+
+def test_an_interval_without_ends_is_no_interval(pipe):
+    everywhere = (-float("inf"), float("inf"))
+    assert torch.equal(picture(pipe, guidance_interval=everywhere), picture(pipe))
+
+
+def test_clip_skip_leaves_the_negative_prompt_whole(pipe):
+    """As in diffusers."""
+    skipped = {"prompt_embeds": pipe.encode_prompts([PROMPT], clip_skip=1), "prompt": None}
+    both = {"negative_prompt": NEGATIVE, **SMALL, **ODD, "seed": 3}
+    assert torch.equal(picture(pipe, clip_skip=1, negative_prompt=NEGATIVE), pipe(**skipped | both).images)
 
 
 def test_zero_and_one_are_no_guidance(pipe):
@@ -369,6 +402,14 @@ def test_parts_that_do_not_fit_each_other(pipe):
     wide = type(other)(type(other.config)(**vars(other.config) | {"hidden_size": 32}))
     with pytest.raises(ValueError, match=r"cross_attention_dim and .*hidden_size differ: 24 and 32"):
         LatentDiffusionPipeline(**pipe.components | {"text_encoder": wide})
+    short = type(other)(type(other.config)(**vars(other.config) | {"max_position_embeddings": 9}))
+    with pytest.raises(ValueError, match="16 tokens a prompt, the text encoder has 9 positions"):
+        LatentDiffusionPipeline(**pipe.components | {"text_encoder": short})
+    for part, key, value in (("vae", "out_channels", 1), ("unet", "num_class_embeds", 7)):
+        model = getattr(pipe, part)
+        odd = type(model)(type(model.config)(**vars(model.config) | {key: value}))
+        with pytest.raises(ValueError, match=f"{part}.{key}={value}"):
+            LatentDiffusionPipeline(**pipe.components | {part: odd})
 
 
 def change_index(folder: Path, **values: object) -> None:
@@ -481,7 +522,7 @@ def test_moving(pipe):
     assert moved.device == torch.device("cpu")
     torch.testing.assert_close(picture(moved), picture(pipe), atol=1e-3, rtol=0)
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no CUDA device; use 'cpu'"):
+        with pytest.raises(ValueError, match="device='cuda' is not here: this machine has"):
             moved.to("cuda")
         with pytest.raises(ValueError, match=r"xformers.*CUDA"):
             moved.enable_xformers_memory_efficient_attention()

@@ -255,6 +255,13 @@ def test_default_is_read_by_diffusers():
         ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "solver_order=3 .* set it to 2"),
         ({"_class_name": "PNDMScheduler", "skip_prk_steps": False}, "skip_prk_steps=False .* set it to True"),
         ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, "zero terminal SNR.*v or x0"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps='1000': expected a whole number from 1"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps=0: expected a whole number from 1"),
+        ({"steps_offset": -1}, "steps_offset=-1: expected a whole number from 0"),
+        ({"beta_end": 1.5}, "beta_end=1.5: expected a number between 0 and 1"),
+        ({"beta_start": None}, "beta_start=None: expected a number between 0 and 1"),
+        ({"trained_betas": [0.1, "x"]}, r"trained_betas\[1\]='x': expected a number between 0 and 1"),
+        ({"trained_betas": []}, r"trained_betas=\[\]: expected a list"),
     ],
 )
 def test_what_is_not_implemented_is_refused(settings, message):

@@ -60,11 +60,12 @@ class Tokenizer:
         named = {token.content for token in added}
         unnamed = [name for name in self.special.values() if name not in named]
         self._backend.add_tokens([AddedToken(name, special=True) for name in dict.fromkeys(unnamed)])
+        self._size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         self.start_id, self.end_id, self.pad_id = (self.token_id(name) for name in (start, end, pad))
 
     def __len__(self) -> int:
-        """How many ids there are: vocab_size of the text encoder that reads them."""
-        return self._backend.get_vocab_size()
+        """One more than the highest id: vocab_size of the text encoder that reads them."""
+        return self._size
 
     def token_id(self, name: str) -> int:
         """The id of a token. Raises ValueError if there is none of that name."""
