@@ -1,6 +1,7 @@
 """The drawn scenes: pure, truthful, in good English, and without what is held out."""
 
 import colorsys
+import hashlib
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -12,6 +13,7 @@ from PIL import Image
 from train import sprites
 from train.painting import PLACES, paint
 from train.scenes import (
+    DRAWING,
     SETTING,
     SIDES,
     SUBJECTS,
@@ -62,6 +64,17 @@ def test_a_scene_depends_on_its_seed_and_index_alone():
     assert len({image.tobytes() for image, _ in there}) == 6
 
 
+def test_what_was_computed_from_scenes_knows_the_code_that_drew_them():
+    """If this fails, scenes look or read otherwise than before: raise DRAWING, then write `digest` here."""
+    digest = hashlib.sha256()
+    for k in range(24):
+        image, words = SceneSource(seed=0, size=24)[k]
+        coarse = np.asarray(image.reduce(3)).astype(int) // 8  # Pillow's last bits may differ
+        digest.update(coarse.tobytes() + repr(words).encode())
+    assert (DRAWING, digest.hexdigest()[:16]) == (2, "e018e13399d1a192")
+    assert SceneSource(seed=0).drawing == f"drawing {DRAWING}"
+
+
 def test_numpy_numbers_index_like_ints():
     source = SceneSource(seed=3, size=24)
     assert source[np.int64(5)][0].tobytes() == source[5][0].tobytes()
@@ -105,8 +118,7 @@ def test_subjects_stand_inside_the_picture_and_apart(aspect):
             across = min(a.left + a.width, b.left + b.width) - max(a.left, b.left)
             along = min(a.top + a.height, b.top + b.height) - max(a.top, b.top)
             shared.append(max(across, 0) * max(along, 0) / (a.width * a.height))
-    assert max(shared) < 0.35
-    assert np.mean(shared) < 0.05
+    assert max(shared) < 1e-9
 
 
 @pytest.mark.parametrize("place", PLACES)

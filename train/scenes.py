@@ -26,11 +26,12 @@ SUBJECTS: dict[str, tuple[str, ...]] = {"shapes": SHAPES, "pictograms": tuple(PI
 
 # longer side of each subject in fractions of the picture, for 1, 2 and 3 of them
 SIDES: dict[str | None, tuple[float, float, float]] = {
-    "small": (0.32, 0.29, 0.25),
-    None: (0.52, 0.40, 0.33),
-    "big": (0.76, 0.48, 0.37),
+    "small": (0.38, 0.34, 0.28),
+    None: (0.57, 0.41, 0.305),
+    "big": (0.80, 0.48, 0.33),
 }
 CAPTIONS = 5  # captions a scene
+DRAWING = 2  # to be raised when the pixels or captions of a scene change: what was made of them is stale
 
 SHADE = ((30, 36, 40), [round(0.6 * v) for v in range(256)])  # colour and strength of a figure's soft edge
 LIGHT = ((170, 200, 255), [v // 2 for v in range(256)])  # the same where it is dark
@@ -207,27 +208,20 @@ class Box(NamedTuple):
 
 
 def layout(scene: Scene, aspect: float, rng: np.random.Generator) -> list[Box]:
-    """A box for each subject, the farthest first; inside the picture, overlapping as little as 64 tries find.
+    """A box for each subject, the farthest first: side by side, each in its own column of the picture.
 
     aspect: width / height of the subject.
     """
-    tries, count, margin = 64, scene.count, 0.02
-    side = SIDES[scene.size][count - 1] * (0.95 + 0.1 * rng.random((tries, count)))
+    margin, column = 0.02, 1 / scene.count
+    side = SIDES[scene.size][scene.count - 1] * (0.95 + 0.05 * rng.random(scene.count))
     width, height = side * min(1.0, aspect), side / max(1.0, aspect)
-    left = margin + rng.random((tries, count)) * (1 - 2 * margin - width)
-    ground = 0.05 if scene.place == "water" else 0.58  # feet are no higher: they stand, unless they swim
+    middle = column * (np.arange(scene.count) + 0.5)
+    left = middle - width / 2 + 0.5 * (column - width) * (rng.random(scene.count) - 0.5)
+    ground = 0.6 if scene.place == "water" else 0.8  # feet are no higher: they stand, unless they swim
     highest = np.maximum(ground, height + margin)
-    bottom = highest + rng.random((tries, count)) * (1 - margin - highest)
-    right, top = left + width, bottom - height
-    overlap = np.zeros(tries)
-    for i in range(count):
-        for j in range(i):
-            across = np.minimum(right[:, i], right[:, j]) - np.maximum(left[:, i], left[:, j])
-            along = np.minimum(bottom[:, i], bottom[:, j]) - np.maximum(top[:, i], top[:, j])
-            overlap += across.clip(0) * along.clip(0)
-    best = int(overlap.argmin())
-    boxes = np.stack([left, top, width, height], axis=-1)[best]  # (count, 4)
-    return [Box(*boxes[k].tolist()) for k in np.argsort(bottom[best])]
+    bottom = highest + rng.random(scene.count) * (1 - margin - highest)
+    boxes = np.stack([left, bottom - height, width, height], axis=-1)  # (count, 4)
+    return [Box(*boxes[k].tolist()) for k in np.argsort(bottom)]
 
 
 def draw(scene: Scene, side: int, font: str | Path | None = None) -> Image.Image:
@@ -235,15 +229,12 @@ def draw(scene: Scene, side: int, font: str | Path | None = None) -> Image.Image
     rng = rng_of(scene.seed, scene.index, "picture")
     figure = sprite(scene.subject, scene.colour, font)
     boxes = layout(scene, figure.width / figure.height, rng)
-    mirrored = rng.random(len(boxes)) < 0.5
     image = paint(scene.place, side, rng)
-    for box, mirror in zip(boxes, mirrored):
+    for box in boxes:
         x, y = round(box.left * side), round(box.top * side)
         right, bottom = round((box.left + box.width) * side), round((box.top + box.height) * side)
         size = (max(1, right - x), max(1, bottom - y))
         here = figure.resize(size, Image.Resampling.LANCZOS)  # Pillow averages RGBA premultiplied: no fringes
-        if mirror:
-            here = here.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         _halo(image, here, x, y, scene.place)
         image.paste(here, (x, y), here)
     if scene.place == "snow":
@@ -305,6 +296,12 @@ class SceneSource:
     def describe(self, index: int) -> Scene:
         """What picture `index` shows."""
         return describe(self.seed, index, self.subjects, self.split)
+
+    @property
+    def drawing(self) -> str:
+        """What the pixels are a function of beside seed and index: this code, and the font."""
+        digest = "" if self.font is None else hashlib.sha256(Path(self.font).read_bytes()).hexdigest()
+        return f"drawing {DRAWING}" + (f", font {digest[:12]}" if digest else "")
 
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
         scene = self.describe(index)
