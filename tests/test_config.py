@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from train.autoencoding import AutoencoderRecipe
-from train.config import command, find_recipe, from_mapping, parse, read_recipe, to_mapping, to_yaml
+from train.command import command
+from train.config import find_recipe, from_mapping, parse, read_recipe, to_mapping, to_yaml
+from train.contrastive import ContrastiveRecipe
 from train.diffusion import DiffusionRecipe
 from train.optim import OptimConfig, learning_rate
 
@@ -111,17 +113,25 @@ def test_a_command_shows_one_line_for_what_the_user_got_wrong(capsys, monkeypatc
     assert capsys.readouterr().err == "error: unknown key stps; did you mean steps?\n"
 
 
+def recipe_class(path: Path) -> type:
+    """By its name: NAME-autoencoder, NAME-text-encoder or NAME.yaml."""
+    kinds = {"autoencoder": AutoencoderRecipe, "text-encoder": ContrastiveRecipe}
+    return kinds.get(path.stem.partition("-")[2], DiffusionRecipe)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_recipes_are_valid_and_say_what_to_expect(path):
     head = path.read_text().splitlines()[:4]
     for line, word in zip(head, ("command", "hardware", "time", "result"), strict=True):
         assert line.startswith(f"# {word}:")
-    cls = AutoencoderRecipe if "model" in yaml.safe_load(path.read_text()) else DiffusionRecipe
+    cls = recipe_class(path)
     recipe = read_recipe(cls, path)
     assert from_mapping(cls, yaml.safe_load(to_yaml(recipe))) == recipe
     assert to_mapping(recipe)["optim"]["lr"] == recipe.optim.lr
     if isinstance(recipe, DiffusionRecipe) and recipe.autoencoder.endswith(".yaml"):
         read_recipe(AutoencoderRecipe, recipe.autoencoder)
+        words = read_recipe(ContrastiveRecipe, str(recipe.text_encoder.path)).text_encoder
+        assert words.width == recipe.unet.cross_attention_dim  # found out late otherwise
 
 
 def test_recipes_are_found_from_anywhere(tmp_path, monkeypatch):
@@ -131,7 +141,7 @@ def test_recipes_are_found_from_anywhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_values_out_of_range_are_refused_before_anything_is_made(path):
-    cls = AutoencoderRecipe if "model" in yaml.safe_load(path.read_text()) else DiffusionRecipe
+    cls = recipe_class(path)
     for key, value, message in [
         ("steps", "0", "steps=0: expected 1 or more"),
         ("optim.lr", "3", "optim.lr=3.0: a learning rate lies between 0 and 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -22,12 +23,14 @@ from tests.tiny import CAPTIONS
 from train import record
 from train.autoencoding import AutoencoderRecipe, Autoencoding
 from train.checkpoint import load_checkpoint
+from train.command import RunFailed
 from train.data import DataConfig
-from train.diffusion import DiffusionRecipe, LatentDiffusion, TextConfig
+from train.diffusion import DiffusionRecipe, LatentDiffusion
 from train.latents import CacheKey, Latents, compute_latents
 from train.loop import FitConfig, fit
 from train.optim import OptimConfig
 from train.plan import Draw, normal
+from train.text import TextConfig
 
 ROOT = Path(__file__).parent.parent
 OPTIM = OptimConfig(lr=3e-3, warmup_steps=4)
@@ -260,12 +263,10 @@ def test_a_frozen_text_encoder_is_not_trained_and_not_saved(tmp_path, autoencode
         assert torch.equal(task.text_encoder.state_dict()[name], value)
 
 
-def test_captions_are_chosen_and_dropped_by_count(tmp_path, autoencoder):
-    recipe = diffusion_recipe(tmp_path / "run")
-    task = LatentDiffusion(recipe, autoencoder, latents())
+def test_captions_are_chosen_and_dropped_by_count():
     draws = [Draw(index=0, step=step, position=0, count=1, seed=0) for step in range(400)]
-    chosen = task.choose_captions(draws)
-    assert chosen == task.choose_captions(draws)
+    chosen = latents().choose_captions(draws, dropout=0.1)
+    assert chosen == latents().choose_captions(draws, dropout=0.1)
     assert set(chosen) == {"", *latents().captions[0]}
     assert 20 < chosen.count("") < 60  # a tenth of 400
 
@@ -342,6 +343,27 @@ def test_another_run_is_not_gone_on_with(tmp_path):
         fit(Toy(), toy_config(tmp_path, resume="none"))
     outcome = fit(Toy(), toy_config(tmp_path, steps=10, optim=replace(OPTIM, lr=1e-4)))  # these may change
     assert outcome.finished
+
+
+def test_changed_settings_are_told(tmp_path, caplog):
+    fit(Toy(stop_after=5), toy_config(tmp_path))
+    with caplog.at_level(logging.INFO, logger="train"):
+        fit(Toy(), toy_config(tmp_path, steps=10, optim=replace(OPTIM, lr=1e-4)))
+    assert "changed settings:\n  optim.lr: 0.003 then, 0.0001 now\n  steps: 20 then, 10 now\n" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("can't allocate memory: 9")]
+)
+def test_out_of_memory_says_what_to_do(tmp_path, error):
+    task = Toy()
+
+    def forward(x: Tensor) -> None:
+        raise error
+
+    task.module.forward = forward  # type: ignore[method-assign]
+    with pytest.raises(RunFailed, match=r"out of memory at step 0, with 4 samples .*: set micro_batch=2"):
+        fit(task, toy_config(tmp_path))
 
 
 def test_non_finite_gradients_are_skipped_and_counted(tmp_path):

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from train.autoencoding import AutoencoderRecipe
 from train.config import read_recipe
+from train.contrastive import ContrastiveRecipe
+from train.diffusion import DiffusionRecipe
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -35,6 +38,11 @@ MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 LONG: dict[str, str] = {}  # "path" or "path:function": the reason why it is long
 
 SOURCES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
+RECIPES = {
+    "train_autoencoder": AutoencoderRecipe,
+    "train_text_encoder": ContrastiveRecipe,
+    "train_ldm": DiffusionRecipe,
+}
 COMMANDS = [
     'pip install -c constraints.txt . && python -m ldm.generate "a red fox in snow"',
     "pip install -c constraints.txt '.[test]' && pytest",
@@ -222,8 +230,7 @@ def test_every_recipe_parses(path):
     assert head, "the first lines are `# command:`, `# hardware:`, `# time:` and `# result:`"
     script = importlib.import_module(f"train.{head[1]}")
     assert (head["path"] or script.DEFAULT) == names(path), "the command is not that of this recipe"
-    recipe = {"train_autoencoder": "AutoencoderRecipe", "train_ldm": "DiffusionRecipe"}[head[1]]
-    read_recipe(getattr(script, recipe), path)
+    read_recipe(RECIPES[head[1]], path)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

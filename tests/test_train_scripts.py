@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from ldm.pipeline import LatentDiffusionPipeline
-from tests.test_fit import OPTIM, ROOT, VAE, Toy, diffusion_recipe, losses, state, toy_config
+from tests.test_fit import OPTIM, ROOT, TEXT, VAE, Toy, diffusion_recipe, losses, state, toy_config
 from train import train_autoencoder
 from train.autoencoding import AutoencoderRecipe
+from train.checkpoint import load_checkpoint
 from train.config import to_yaml
+from train.contrastive import ContrastiveRecipe
 from train.data import DataConfig
 from train.loop import fit
 
@@ -66,9 +68,68 @@ def test_two_ranks_resume_bit_for_bit_and_see_what_one_rank_sees(tmp_path):
     assert sizes[0] == pytest.approx(sizes[1], rel=1e-6)  # the same noise; dropout differs between ranks
 
 
+ENDS = """
+import os, signal, sys, time
+from pathlib import Path
+from tests.test_fit import Toy, toy_config
+from train.loop import fit
+from train.stop import GRACE
+
+class Ending(Toy):
+    def batch(self, draws):
+        if draws[0].step == 8 and sys.argv[2] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if draws[0].step == 8 and sys.argv[2] == "interrupt twice":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(GRACE + 0.5)
+            os.kill(os.getpid(), signal.SIGINT)
+        if draws[0].step >= 8 and sys.argv[2] == "wait":
+            print("ready", flush=True)
+            time.sleep(0.2)
+        return super().batch(draws)
+
+sys.exit(fit(Ending(), toy_config(Path(sys.argv[1]), steps=20)).exit_code)
+"""
+
+
+@pytest.fixture
+def ending(tmp_path, monkeypatch):
+    """The command of a process that ends in step 9 as its last argument says."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "ends.py").write_text(ENDS)
+    return [str(tmp_path / "ends.py"), str(tmp_path / "run")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "code"), [("kill", -9), ("interrupt twice", 130)])
+def test_an_end_between_saves_loses_steps_and_nothing_else(ending, tmp_path, how, code):
+    """The second Ctrl-C ends at once; then, as after kill -9, the last checkpoint is whole."""
+    assert subprocess.run([sys.executable, *ending, how]).returncode == code
+    fit(Toy(), toy_config(tmp_path / "run"))
+    fit(Toy(), toy_config(tmp_path / "whole"))
+    assert state(tmp_path / "run", 20) == state(tmp_path / "whole", 20)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_told_to_stop_takes_the_training_with_it(ending, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    process = subprocess.Popen([*launch, *ending, "wait"], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.terminate()
+    process.wait(timeout=60)
+    process.stdout.read()  # ends when the training has ended too
+    (newest,) = (tmp_path / "run/checkpoints").glob("step-*9")  # the step in hand was finished
+    assert load_checkpoint(newest).step == 9
+    fit(Toy(), toy_config(tmp_path / "run"))
+    fit(Toy(), toy_config(tmp_path / "whole"))
+    assert state(tmp_path / "run", 20) == state(tmp_path / "whole", 20)
+
+
 @pytest.mark.slow
 def test_the_scripts_run_from_anywhere_and_stock_diffusers_reads_the_result(tmp_path):
-    """Autoencoder, latents, UNet and text encoder by one command that no path helps to find its packages."""
+    """Autoencoder, latents, text encoder and UNet by one command that no path helps to find its packages."""
     data = DataConfig(size=16, length=6)
     stage = AutoencoderRecipe(
         output="x", steps=2, batch_size=2, model=VAE, optim=replace(OPTIM, warmup_steps=1)
@@ -79,7 +140,12 @@ def test_the_scripts_run_from_anywhere_and_stock_diffusers_reads_the_result(tmp_
         Path("run"), steps=2, batch_size=2, data=data, optim=replace(OPTIM, warmup_steps=1)
     )
     sampling = replace(recipe.sampling, num_inference_steps=2)
-    recipe = replace(recipe, autoencoder="autoencoder.yaml", sampling=sampling, prompts=("a red circle",))
+    words = replace(TEXT, path="text_encoder.yaml", train=False)
+    recipe = replace(recipe, autoencoder="autoencoder.yaml", text_encoder=words, sampling=sampling)
+    recipe = replace(recipe, prompts=("a red circle",))
+    contrastive = ContrastiveRecipe(output="x", autoencoder="x", steps=2, batch_size=2, text_encoder=TEXT)
+    contrastive = replace(contrastive, tower=(8,), groups=4, optim=replace(OPTIM, warmup_steps=1))
+    (tmp_path / "text_encoder.yaml").write_text(to_yaml(contrastive))
     (tmp_path / "ldm.yaml").write_text(to_yaml(recipe))
     script = ROOT / "train/train_ldm.py"
     done = run(sys.executable, script, "--config", "ldm.yaml", "--sample-every", "2", cwd=tmp_path)

@@ -131,7 +131,8 @@ class Autoencoding:
                 squares + z.square().sum().item(),
                 values + z.numel(),
             )
-            error += (self.reconstruct(image).clamp(-1, 1) - image).square().sum().item()
+            decoded = self.vae.decode(self.vae.to_latents(posterior.mean)).float().cpu()
+            error += (decoded.clamp(-1, 1) - image).square().sum().item()
             pixels += image.numel()
         std = math.sqrt(squares / values - (total / values) ** 2)
         return 1 / std, 10 * math.log10(4 / max(error / pixels, 1e-12))

@@ -36,6 +36,14 @@ class Checkpoint:
     state: dict[str, Any]  # JSON
 
 
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Of names and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> Path:

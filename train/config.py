@@ -9,16 +9,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import logging
 import re
-import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
-from safetensors import SafetensorError
 
 Config = TypeVar("Config")
 ROOT = Path(__file__).resolve().parent.parent  # the checkout, or site-packages: configs/ lies beside train/
@@ -267,38 +264,3 @@ def field_comments(cls: Any) -> dict[str, str]:
             found = re.findall(r"^ +(\w+): [^#\n]*(?:# (.*))?$", inspect.getsource(base), re.MULTILINE)
             comments.update({name: comment for name, comment in found if comment})
     return comments
-
-
-class RunFailed(RuntimeError):
-    """A run cannot go on, and the message tells its user why; what it saved stays."""
-
-
-def command(main: Callable[[Sequence[str]], int]) -> None:
-    """Run a command line's main(argv) -> exit code.
-
-    What the user got wrong, what the disk refuses and a RunFailed become one line on stderr.
-    """
-    logger, handler = logging.getLogger("train"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        code = main(sys.argv[1:])
-    except (ValueError, OSError, SafetensorError, RunFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:  # before or after the training itself, which finishes its step and saves
-        print("interrupted; the same command goes on", file=sys.stderr)
-        code = 130
-    finally:
-        logger.removeHandler(handler)
-        leave_group()
-    sys.exit(code)
-
-
-def leave_group() -> None:
-    """Take leave of the other ranks, if there are any."""
-    import torch.distributed as distributed  # whoever comes here with ranks has imported torch long ago
-
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()

@@ -48,6 +48,7 @@ class DataConfig:
     font: str | None = None  # path of NotoColorEmoji.ttf, for pictograms; null: where systems keep it
     scene_seed: int = 0  # which endless book of scenes
     split: Literal["train", "held_out"] = "train"  # held_out: combinations that training never shows
+    dataset_config: str | None = None  # of a dataset that has several: the name of one
     image_column: str = "image"  # of a dataset
     caption_column: str = "text"  # of a dataset, metadata.jsonl or metadata.csv
     dataset_split: str = "train"  # of a dataset
@@ -98,7 +99,7 @@ class Scenes:
         self.length = config.length
         self.description = (
             f"{config.source} scenes, seed {config.scene_seed}, {config.size} px, {config.split}, "
-            f"{self.length} of {', '.join(self.scenes.subjects)}"
+            f"{self.length} of {', '.join(self.scenes.subjects)}, {self.scenes.drawing}"
         )
 
     def __len__(self) -> int:
@@ -163,8 +164,10 @@ class HubDataset:
                 loaded = datasets.load_from_disk(config.source)
                 table = loaded[config.dataset_split] if isinstance(loaded, datasets.DatasetDict) else loaded
             else:
-                table = datasets.load_dataset(config.source, split=config.dataset_split)
-        except (datasets.exceptions.DatasetsError, OSError, RuntimeError, KeyError) as error:
+                table = datasets.load_dataset(
+                    config.source, config.dataset_config, split=config.dataset_split
+                )
+        except (datasets.exceptions.DatasetsError, OSError, RuntimeError, KeyError, ValueError) as error:
             raise ValueError(
                 f"data.source={config.source!r} cannot be loaded as a dataset with a split "
                 f"{config.dataset_split!r}: {error}"

@@ -12,51 +12,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import load_model
+from ldm.checkpoint import empty_model, load_model
 from ldm.noise import generator
 from ldm.objective import WEIGHTS, diffusion_loss, stratified_timesteps
 from ldm.options import Defaults
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.scheduler import Scheduler
 from ldm.unet import UNet, UNetConfig
-from text_encoder.clip import CLIPTextConfig, CLIPTextEncoder
-from text_encoder.tokenizer import BYTES, Tokenizer
+from text_encoder.clip import CLIPTextEncoder
 from train.config import to_mapping
 from train.data import DataConfig, grid, spread
 from train.latents import Latents
 from train.loop import FitConfig
-from train.plan import Draw, normal, uniform
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextConfig:
-    """The text encoder: a new small CLIP that learns with the UNet, or one of an existing pipeline."""
-
-    train: bool = True  # together with the UNet; false: frozen
-    path: str | None = None  # pipeline folder with text_encoder/ and tokenizer/; null: a new one
-    width: int = 192  # channels of a new one; the UNet's cross_attention_dim
-    layers: int = 4  # of a new one
-    heads: int = 6  # of a new one
-    vocab_size: int = 2048  # tokens at most, of a tokenizer trained on the captions
-    max_length: int = 77  # tokens a prompt, start and end included, of a new one
-
-    def __post_init__(self) -> None:
-        if not self.train and self.path is None:
-            raise ValueError(
-                "text_encoder.train=false needs text_encoder.path: a new encoder has learnt nothing"
-            )
-        for name in ("width", "layers", "heads", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"text_encoder.{name}={getattr(self, name)}: expected 1 or more")
-        if self.width % self.heads:
-            raise ValueError(f"text_encoder.width={self.width} is not a multiple of heads={self.heads}")
-        least = 2 * len(BYTES) + 2
-        if self.vocab_size < least:
-            raise ValueError(
-                f"text_encoder.vocab_size={self.vocab_size}: bytes and special tokens alone are {least}"
-            )
-        if self.max_length < 3:
-            raise ValueError(f"text_encoder.max_length={self.max_length}: start, end and a word are 3 tokens")
+from train.plan import Draw, normal
+from train.text import TextConfig, build_text_encoder, text_facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +76,7 @@ class DiffusionRecipe(FitConfig):
                 f"unet.out_channels={self.unet.out_channels} and unet.in_channels={self.unet.in_channels} "
                 "differ: no loss here trains more than the prediction"
             )
+        empty_model(UNet, self.unet)  # what does not fit is found out before hours of other stages
         if self.unet.num_class_embeds is not None:
             raise ValueError(
                 f"unet.num_class_embeds={self.unet.num_class_embeds}: the data has no classes, use null"
@@ -122,7 +92,7 @@ class LatentDiffusion:
         self.vae = load_model(AutoencoderKL, autoencoder).requires_grad_(False)
         self.scheduler = Scheduler.default(recipe.objective.prediction, recipe.objective.zero_terminal_snr)
         torch.manual_seed(recipe.seed)  # initial weights
-        self.text_encoder, self.tokenizer = self.build_text_encoder()
+        self.text_encoder, self.tokenizer = build_text_encoder(recipe.text_encoder, latents.captions)
         self.unet = UNet(recipe.unet)
         if recipe.unet.in_channels != self.vae.config.latent_channels:
             raise ValueError(
@@ -139,55 +109,23 @@ class LatentDiffusion:
             "data": latents.key.data,
             "autoencoder": latents.key.autoencoder,
             "unet": to_mapping(recipe.unet),
-            "text_encoder": to_mapping(recipe.text_encoder),
+            "text_encoder": text_facts(recipe.text_encoder, self.text_encoder, self.tokenizer),
             "objective": to_mapping(recipe.objective),
         }
 
-    def build_text_encoder(self) -> tuple[CLIPTextEncoder, Tokenizer]:
-        """The text encoder and its tokenizer, read or new; a new tokenizer learns the captions."""
-        config = self.recipe.text_encoder
-        if config.path is not None:
-            folder = Path(config.path)
-            encoder = load_model(CLIPTextEncoder, folder / "text_encoder")
-            return encoder, Tokenizer.from_folder(folder / "tokenizer")
-        captions = (caption for captions in self.latents.captions for caption in captions)
-        tokenizer = Tokenizer.train(captions, config.vocab_size, config.max_length)
-        encoder_config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.width,
-            intermediate_size=4 * config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            max_position_embeddings=config.max_length,
-            projection_dim=config.width,
-            pad_token_id=tokenizer.pad_id,
-            bos_token_id=tokenizer.start_id,
-            eos_token_id=tokenizer.end_id,
-        )
-        return CLIPTextEncoder(encoder_config), tokenizer
-
     def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
         """x0, noise (B, C, h, w), t (B,), tokens (B, N): each a function of the draw alone."""
-        index = [draw.index for draw in draws]
-        mean, std = self.latents.mean[index].float(), self.latents.std[index].float()
-        shape = tuple(mean.shape[1:])
+        z = self.latents.sample(draws)
         u = float(torch.rand((), dtype=torch.float64, generator=generator("t", draws[0].seed, draws[0].step)))
         t = stratified_timesteps(draws[0].count, len(self.scheduler.schedule.alpha), u)
         return {
-            "x0": self.vae.to_latents(mean + std * normal(draws, shape, "posterior")),
-            "noise": normal(draws, shape, "noise"),
+            "x0": self.vae.to_latents(z),
+            "noise": normal(draws, tuple(z.shape[1:]), "noise"),
             "t": t[[draw.position for draw in draws]],
-            "tokens": self.tokenizer(self.choose_captions(draws)),
+            "tokens": self.tokenizer(
+                self.latents.choose_captions(draws, dropout=self.recipe.objective.caption_dropout)
+            ),
         }
-
-    def choose_captions(self, draws: list[Draw]) -> list[str]:
-        """One of the captions of each sample, or the empty prompt."""
-        choice, drop = uniform(draws, "caption").tolist(), uniform(draws, "drop").tolist()
-        captions = [self.latents.captions[draw.index] for draw in draws]
-        return [
-            "" if lost < self.recipe.objective.caption_dropout else texts[int(which * len(texts))]
-            for texts, which, lost in zip(captions, choice, drop, strict=True)
-        ]
 
     def pipeline(self) -> LatentDiffusionPipeline:
         """The pipeline around the weights as they are now."""

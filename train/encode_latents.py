@@ -16,7 +16,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train.config import command, parse
+from train.command import command
+from train.config import parse
 from train.data import DataConfig
 from train.latents import autoencoder_folder, compute_latents
 

@@ -6,7 +6,6 @@ encoder by the hash of its weights and the data by its description, so a stale c
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import sys
@@ -26,8 +25,10 @@ from tqdm import tqdm
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import load_model
 from ldm.config import read_json, replacing, write_json
+from train.checkpoint import weights_sha256
 from train.data import DataConfig, Source, fit_square, open_source, to_tensor
 from train.loop import cpu_only
+from train.plan import Draw, normal, uniform
 
 log = logging.getLogger(__name__)
 SHARD = 4096  # pictures a file
@@ -55,6 +56,21 @@ class Latents(NamedTuple):
     def __len__(self) -> int:
         return len(self.captions)
 
+    def sample(self, draws: list[Draw]) -> Tensor:
+        """z (B, C, h, w) float32, unscaled, each drawn from its posterior."""
+        index = [draw.index for draw in draws]
+        mean, std = self.mean[index].float(), self.std[index].float()
+        return mean + std * normal(draws, tuple(mean.shape[1:]), "posterior")
+
+    def choose_captions(self, draws: list[Draw], dropout: float = 0.0) -> list[str]:
+        """One of the captions of each sample, or, with probability `dropout`, the empty prompt."""
+        choice, drop = uniform(draws, "caption").tolist(), uniform(draws, "drop").tolist()
+        captions = [self.captions[draw.index] for draw in draws]
+        return [
+            "" if lost < dropout else texts[int(which * len(texts))]
+            for texts, which, lost in zip(captions, choice, drop, strict=True)
+        ]
+
 
 def autoencoder_folder(path: str | Path) -> Path:
     """The folder of the autoencoder itself: `path`, its model/ (of a run) or its vae/ (of a pipeline).
@@ -72,11 +88,9 @@ def autoencoder_folder(path: str | Path) -> Path:
 
 def encoder_sha256(vae: AutoencoderKL) -> str:
     """Of the weights that latents are a function of: those of encoder and quant_conv, by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
-            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return weights_sha256(
+        {k: v for k, v in vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
+    )
 
 
 def compute_latents(data: DataConfig, autoencoder: Path, folder: Path) -> Latents:

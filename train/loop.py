@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -21,8 +21,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.noise import key
+from ldm.pipeline import default_dtype
 from train.checkpoint import Checkpoint, clean, find_checkpoint, save_checkpoint
-from train.config import RunFailed, to_mapping
+from train.command import RunFailed
+from train.config import to_mapping
 from train.ema import EMA
 from train.optim import OptimConfig, adamw, learning_rate, load_optimizer_tensors, optimizer_tensors
 from train.plan import Draw, Plan
@@ -149,7 +151,8 @@ def fit(task: Task, config: FitConfig) -> Outcome:
         resume(state, task, config, record, accelerator)
         with ReadAhead(task, plan, accelerator.process_index, state.step, workers(config)) as batches:
             while state.step < config.steps and not stop.agreed():
-                train_step(state, wrapped, batches, plan, config, accelerator, record)
+                with memory_advice(plan, state, record):
+                    train_step(state, wrapped, batches, plan, config, accelerator, record)
                 if due(state.step, config.save_every, config.steps):
                     save(state, task, config, record, accelerator)
                 if due(state.step, config.sample_every, config.steps):
@@ -221,6 +224,23 @@ def train_step(
         )
 
 
+@contextmanager
+def memory_advice(plan: Plan, state: State, record: Record) -> Iterator[None]:
+    """Turns a device's or the machine's lack of memory into a RunFailed that says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not short:
+            raise
+        share = plan.batch_size // plan.ranks // plan.micro_batches
+        raise RunFailed(
+            f"out of memory at step {state.step}, with {share} samples at a time on each of {plan.ranks} "
+            f"ranks: set micro_batch={max(1, share // 2)}, which computes the same batch in more parts. The "
+            f"last good checkpoint is {record.last_good or 'none'} ({str(error).splitlines()[:1]})"
+        ) from error
+
+
 def due(step: int, every: int, steps: int) -> bool:
     """Whether a thing done every so many steps, and at the end, is due after `step`."""
     return every > 0 and (step % every == 0 or step == steps)
@@ -248,15 +268,9 @@ def workers(config: FitConfig) -> int:
 def choose_precision(precision: str) -> str:
     """accelerate's name for it: bf16 only where the hardware multiplies it, since elsewhere it is slower."""
     if precision == "auto":
-        cuda = torch.cuda.is_available() and not cpu_only()
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else amx()
-        return "bf16" if native else "no"
+        native = default_dtype(torch.device("cpu" if cpu_only() else "cuda"))
+        return "bf16" if native == torch.bfloat16 else "no"
     return {"fp32": "no", "bf16": "bf16"}[precision]
-
-
-def amx() -> bool:
-    """Whether this CPU has tiles for bf16."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def facts(task: Task, config: FitConfig) -> dict[str, Any]:
@@ -277,12 +291,27 @@ def resume(state: State, task: Task, config: FitConfig, record: Record, accelera
         raise ValueError(
             f"{checkpoint.path} is of another run; set these back or choose another output:\n{rows}"
         )
+    changed = differences(checkpoint.state["config"], to_mapping(config))
+    if changed:
+        record.say("goes on with changed settings:\n" + "\n".join(changed))
     for name, value in machine(accelerator).items():
         if checkpoint.state["machine"].get(name) != value:
             before = checkpoint.state["machine"].get(name)
             record.say(f"resumed with {name} {value}, saved with {before}: not bit for bit the same run")
     state.load(checkpoint)
     record.start(state.step, checkpoint.path)
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
+    """A line for each setting, at any depth, that two mappings do not share."""
+    lines = []
+    for name in sorted(then.keys() | now.keys()):
+        old, new = then.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new, f"{where}{name}.")
+        elif old != new:
+            lines.append(f"  {where}{name}: {old} then, {new} now")
+    return lines
 
 
 def machine(accelerator: Accelerator) -> dict[str, Any]:

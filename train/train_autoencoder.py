@@ -18,7 +18,8 @@ if __package__ in (None, ""):  # run as a file: the packages lie one folder abov
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from train.autoencoding import AutoencoderRecipe, Autoencoding
-from train.config import command, parse
+from train.command import command
+from train.config import parse
 from train.loop import fit
 
 DEFAULT = "configs/shapes-autoencoder.yaml"

@@ -4,10 +4,11 @@
   accelerate launch train/train_ldm.py --config configs/pictograms.yaml
   accelerate launch train/train_ldm.py --data.source my_pictures --output runs/mine
 
-This trains the autoencoder (unless the recipe names a trained one), computes the latents, and trains the
-UNet and the text encoder on them. The run folder gets checkpoints, metrics.jsonl, samples/ and, at the end,
-model/: draw with `python -m ldm.generate "a red circle" --model RUN/model`. The same command goes on where it
-stopped.
+This trains the autoencoder (unless the recipe names a trained one), computes the latents, trains the text
+encoder on them where the recipe names a recipe for it, and then the UNet. The run folder gets checkpoints,
+metrics.jsonl, samples/ and, at the end, model/: draw with
+`python -m ldm.generate "a red circle" --model RUN/model`. A run that is stopped ends with exit code 75 (which
+accelerate launch turns into 1), and the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -16,24 +17,31 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from train.autoencoding import AutoencoderRecipe, Autoencoding
-from train.config import command, parse, read_recipe
+from train.command import command
+from train.config import parse, read_recipe
+from train.contrastive import Contrastive, ContrastiveRecipe
 from train.diffusion import DiffusionRecipe, LatentDiffusion
-from train.latents import autoencoder_folder, compute_latents
+from train.latents import Latents, autoencoder_folder, compute_latents
 from train.loop import Outcome, fit
+from train.text import build_text_encoder
 
 DEFAULT = "configs/shapes.yaml"
+RecipeT = TypeVar("RecipeT", AutoencoderRecipe, ContrastiveRecipe)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit code, 75 when stopped early and resumable."""
     recipe = parse(DiffusionRecipe, sys.argv[1:] if argv is None else argv, DEFAULT, __doc__ or "")
+    if recipe.text_encoder.path and not is_recipe(recipe.text_encoder.path):
+        build_text_encoder(recipe.text_encoder, [])  # a folder that holds none is found out now
     trained = recipe.autoencoder
-    if trained.endswith((".yaml", ".yml")):
+    if is_recipe(trained):
         outcome = train_autoencoder(recipe)
         if not outcome.finished:
             return outcome.exit_code
@@ -42,6 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     latents = compute_latents(
         recipe.data, autoencoder, Path(recipe.latents or Path(recipe.output, "latents"))
     )
+    if is_recipe(recipe.text_encoder.path):
+        outcome = train_text_encoder(recipe, autoencoder, latents)
+        if not outcome.finished:
+            return outcome.exit_code
+        text_encoder = dataclasses.replace(recipe.text_encoder, path=str(outcome.model))
+        recipe = dataclasses.replace(recipe, text_encoder=text_encoder)
     outcome = fit(LatentDiffusion(recipe, autoencoder, latents), recipe)
     if outcome.finished:
         print(outcome.model)
@@ -50,14 +64,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_autoencoder(recipe: DiffusionRecipe) -> Outcome:
     """The autoencoder's recipe on this run's data, in a folder of this run; returns at once if it is done."""
-    stage = dataclasses.replace(
-        read_recipe(AutoencoderRecipe, recipe.autoencoder),
+    stage = stage_of(recipe, read_recipe(AutoencoderRecipe, recipe.autoencoder), "autoencoder")
+    return fit(Autoencoding(stage), stage)
+
+
+def train_text_encoder(recipe: DiffusionRecipe, autoencoder: Path, latents: Latents) -> Outcome:
+    """The text encoder's recipe on this run's latents, likewise."""
+    path = str(recipe.text_encoder.path)
+    stage = stage_of(recipe, read_recipe(ContrastiveRecipe, path), "text_encoder")
+    return fit(Contrastive(stage, autoencoder, latents), stage)
+
+
+def is_recipe(path: str | None) -> bool:
+    """Whether a path names a recipe, by its ending."""
+    return path is not None and path.endswith((".yaml", ".yml"))
+
+
+def stage_of(recipe: DiffusionRecipe, stage: RecipeT, name: str) -> RecipeT:
+    """The recipe of an earlier stage on this run's data, in a folder of this run."""
+    return dataclasses.replace(
+        stage,
         data=recipe.data,
-        output=str(Path(recipe.output, "autoencoder")),
+        output=str(Path(recipe.output, name)),
         precision=recipe.precision,
         max_minutes=recipe.max_minutes,
     )
-    return fit(Autoencoding(stage), stage)
 
 
 if __name__ == "__main__":

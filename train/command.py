@@ -1,0 +1,44 @@
+"""How a training command ends: one line for what its user can mend, and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from safetensors import SafetensorError
+
+
+class RunFailed(RuntimeError):
+    """A run cannot go on, and the message tells its user why; what it saved stays."""
+
+
+def command(main: Callable[[Sequence[str]], int]) -> None:
+    """Run a command line's main(argv) -> exit code.
+
+    What the user got wrong, what the disk refuses and a RunFailed become one line on stderr.
+    """
+    logger, handler = logging.getLogger("train"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        code = main(sys.argv[1:])
+    except (ValueError, OSError, SafetensorError, RunFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:  # before or after the training itself, which finishes its step and saves
+        print("interrupted; the same command goes on", file=sys.stderr)
+        code = 130
+    finally:
+        logger.removeHandler(handler)
+        leave_group()
+    sys.exit(code)
+
+
+def leave_group() -> None:
+    """Take leave of the other ranks, if there are any."""
+    import torch.distributed as distributed  # whoever comes here with ranks has imported torch long ago
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -1,0 +1,132 @@
+"""CLIP as a task of `fit`: captions and latents that belong together get the same direction.
+
+A text encoder that learns from a UNet's loss alone learns first, and for long only, what changes most pixels:
+the place. Told apart from other captions of the same batch, it has to know every word that matters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from autoencoder.layers import Downsample, ResnetBlock
+from autoencoder.vae import AutoencoderKL
+from ldm.checkpoint import load_model, save_model
+from text_encoder.clip import CLIPTextEncoder
+from train.data import DataConfig, grid, spread, to_images
+from train.latents import Latents
+from train.loop import FitConfig
+from train.plan import Draw
+from train.text import TextConfig, build_text_encoder, text_facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveRecipe(FitConfig):
+    """Training of a text encoder beside a small encoder of latents, which is not kept."""
+
+    autoencoder: str  # folder of a trained one
+    latents: str | None = None  # folder that encode_latents.py wrote; null: computed into the run folder
+    data: DataConfig = field(default_factory=DataConfig)
+    text_encoder: TextConfig = field(default_factory=TextConfig)
+    tower: tuple[int, ...] = (64, 128, 192)  # channels of the encoder of latents, each level half the size
+    groups: int = 16  # of its norms
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tower or any(width < 1 or width % self.groups for width in self.tower):
+            raise ValueError(f"tower={self.tower}: expected multiples of groups={self.groups}")
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size={self.batch_size}: there is nothing to tell a single caption from")
+
+
+class Tower(nn.Module):
+    """Latents (B, C, h, w) -> (B, out): what is everywhere in them, and what is somewhere."""
+
+    def __init__(self, in_channels: int, widths: tuple[int, ...], out_channels: int, groups: int) -> None:
+        super().__init__()
+        levels: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 3, padding=1)]
+        for before, width in zip((widths[0], *widths), widths, strict=False):
+            levels += [ResnetBlock(before, width, groups=groups), Downsample(width, padding=1)]
+        self.levels = nn.Sequential(*levels[:-1])
+        self.norm = nn.GroupNorm(groups, widths[-1])
+        self.projection = nn.Linear(2 * widths[-1], out_channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.norm(self.levels(x)))
+        return self.projection(torch.cat([h.mean((2, 3)), h.amax((2, 3))], dim=1))
+
+
+class Contrast(nn.Module):
+    """Both encoders and CLIP's loss in one forward (Radford et al. 2021, figure 3)."""
+
+    def __init__(self, text_encoder: CLIPTextEncoder, tower: Tower) -> None:
+        super().__init__()
+        width = text_encoder.config.hidden_size
+        self.text_encoder, self.tower = text_encoder, tower
+        self.text_projection = nn.Linear(width, tower.projection.out_features, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # learned, at most log(100)
+
+    def similarity(self, x0: Tensor, tokens: Tensor) -> Tensor:
+        """Scaled cosines (B, N) of latents (B, C, h, w) and tokens (N, L)."""
+        text = self.text_projection(self.text_encoder.pool(self.text_encoder(tokens), tokens))
+        scale = self.logit_scale.exp().clamp(max=100.0)
+        return scale * F.normalize(self.tower(x0), dim=1) @ F.normalize(text, dim=1).T
+
+    def forward(self, x0: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss (B,), and whether each caption is nearest to its own picture. Every rank has its batch."""
+        logits = self.similarity(x0, tokens)
+        own = torch.arange(len(logits), device=logits.device)
+        rows, columns = (F.cross_entropy(each, own, reduction="none") for each in (logits, logits.T))
+        return (rows + columns) / 2, {"found": (logits.argmax(0) == own).float()}
+
+
+class Contrastive:
+    """Trains a text encoder to tell the captions of a batch apart by their latents."""
+
+    def __init__(self, recipe: ContrastiveRecipe, autoencoder: Path, latents: Latents) -> None:
+        self.recipe, self.latents = recipe, latents
+        self.length = len(latents)
+        self.vae = load_model(AutoencoderKL, autoencoder).requires_grad_(False)
+        torch.manual_seed(recipe.seed)  # initial weights
+        encoder, self.tokenizer = build_text_encoder(recipe.text_encoder, latents.captions)
+        channels, width = self.vae.config.latent_channels, encoder.config.hidden_size
+        self.contrast = Contrast(encoder, Tower(channels, recipe.tower, width, recipe.groups))
+        self.module: nn.Module = self.contrast
+        self.facts: Mapping[str, Any] = {
+            "data": latents.key.data,
+            "autoencoder": latents.key.autoencoder,
+            "text_encoder": text_facts(recipe.text_encoder, encoder, self.tokenizer),
+            "tower": list(recipe.tower),
+        }
+
+    def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
+        """x0 (B, C, h, w) and tokens (B, L), of the same scenes."""
+        return {
+            "x0": self.vae.to_latents(self.latents.sample(draws)),
+            "tokens": self.tokenizer(self.latents.choose_captions(draws)),
+        }
+
+    def preview(self) -> Image.Image:
+        """A row for each of eight captions: its own picture, then the seven of 256 that fit it best."""
+        index = spread(self.length, 256)
+        asked = index[:: len(index) // 8][:8]
+        x0 = self.vae.to_latents(self.latents.mean[index].float())
+        tokens = self.tokenizer([self.latents.captions[i][0] for i in asked])
+        device = self.contrast.logit_scale.device
+        best = self.contrast.similarity(x0.to(device), tokens.to(device)).T.cpu().topk(7).indices
+        own = self.vae.to_latents(self.latents.mean[asked].float())
+        rows = torch.cat([torch.cat([own[k : k + 1], x0[best[k]]]) for k in range(len(asked))])
+        return grid(to_images(self.vae.decode(rows)), columns=8)
+
+    def export(self, folder: Path) -> None:
+        """text_encoder/ and tokenizer/, for `text_encoder.path` of a diffusion recipe."""
+        save_model(self.contrast.text_encoder, folder / "text_encoder")
+        self.tokenizer.save(folder / "tokenizer")
