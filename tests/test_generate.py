@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from ldm import generate
+from ldm import generate, options
 from ldm.picture import check_output, free_path, grid, read_recipe, save_picture
 from ldm.recipe import Recipe, parse_parameters
 from tests.tiny import tiny_pipeline
@@ -256,6 +256,13 @@ def test_without_a_bundled_model(run, monkeypatch, tmp_path):
     monkeypatch.setattr("ldm.pipeline.BUNDLED", tmp_path / "none")
     status, _, err = run(PROMPT)
     assert (status, "carries no bundled model" in err) == (2, True)
+
+
+def test_the_longest_prompt_can_be_read_back(tmp_path):
+    longest = "\U0001f98a" * options.MAX_PROMPT  # twelve characters each in JSON
+    recipe = dataclasses.replace(RECIPE, prompt=longest, negative_prompt=longest)
+    save_picture(Image.new("RGB", (8, 8)), tmp_path / "x.png", recipe)
+    assert read_recipe(tmp_path / "x.png") == recipe
 
 
 @pytest.mark.parametrize(
