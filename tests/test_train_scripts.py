@@ -143,8 +143,10 @@ def test_the_scripts_run_from_anywhere_and_stock_diffusers_reads_the_result(tmp_
     words = replace(TEXT, path="text_encoder.yaml", train=False)
     recipe = replace(recipe, autoencoder="autoencoder.yaml", text_encoder=words, sampling=sampling)
     recipe = replace(recipe, prompts=("a red circle",))
-    contrastive = ContrastiveRecipe(output="x", autoencoder="x", steps=2, batch_size=2, text_encoder=TEXT)
-    contrastive = replace(contrastive, tower=(8,), groups=4, optim=replace(OPTIM, warmup_steps=1))
+    contrastive = ContrastiveRecipe(
+        output="x", autoencoder="x", steps=2, batch_size=2, text_encoder=TEXT, optim=stage.optim
+    )
+    contrastive = replace(contrastive, tower=(8,), groups=4)
     (tmp_path / "text_encoder.yaml").write_text(to_yaml(contrastive))
     (tmp_path / "ldm.yaml").write_text(to_yaml(recipe))
     script = ROOT / "train/train_ldm.py"

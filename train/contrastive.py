@@ -117,14 +117,15 @@ class Contrastive:
     def preview(self) -> Image.Image:
         """A row for each of eight captions: its own picture, then the seven of 256 that fit it best."""
         index = spread(self.length, 256)
-        asked = index[:: len(index) // 8][:8]
+        asked = spread(self.length, 8)
+        shown = min(7, len(index))
         x0 = self.vae.to_latents(self.latents.mean[index].float())
         tokens = self.tokenizer([self.latents.captions[i][0] for i in asked])
         device = self.contrast.logit_scale.device
-        best = self.contrast.similarity(x0.to(device), tokens.to(device)).T.cpu().topk(7).indices
+        best = self.contrast.similarity(x0.to(device), tokens.to(device)).T.cpu().topk(shown).indices
         own = self.vae.to_latents(self.latents.mean[asked].float())
         rows = torch.cat([torch.cat([own[k : k + 1], x0[best[k]]]) for k in range(len(asked))])
-        return grid(to_images(self.vae.decode(rows)), columns=8)
+        return grid(to_images(self.vae.decode(rows)), columns=1 + shown)
 
     def export(self, folder: Path) -> None:
         """text_encoder/ and tokenizer/, for `text_encoder.path` of a diffusion recipe."""
