@@ -36,13 +36,15 @@ def min_snr(level: Level, kind: Prediction, gamma: float = 5.0) -> Tensor:
 WEIGHTS: dict[str, Weight] = {"none": no_weight, "min_snr": min_snr}
 
 
-def stratified_timesteps(count: int, T: int, u: float) -> Tensor:
+def stratified_timesteps(count: int, T: int, u: float, shift: float = 1.0) -> Tensor:
     """(count,) int64 timesteps of one global batch: (u + i / count) mod 1, one in each stratum of [0, T).
 
     The low-discrepancy sampler of Kingma et al. 2021 (VDM), appendix I.1. u: one draw from [0, 1).
+    shift: s in t' = s t / (1 + (s - 1) t), t in [0, 1) (Esser et al. 2024, eq. 23). Large latents say much
+    twice and want s > 1, more noise; small ones want s < 1.
     """
     part = (u + torch.arange(count, dtype=torch.float64) / count) % 1
-    return (part * T).long()
+    return (shift * part / (1 + (shift - 1) * part) * T).long().clamp(max=T - 1)
 
 
 def diffusion_loss(

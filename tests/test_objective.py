@@ -82,8 +82,9 @@ def test_min_snr_is_the_papers_where_the_signal_is_strong():
 
 @pytest.mark.parametrize("count", [1, 3, 8, 1000, 1700])
 @pytest.mark.parametrize("u", [0.0, 0.37, 1 - 2**-53])
-def test_timesteps_are_on_the_schedule(count, u):
-    t = stratified_timesteps(count, 1000, u)
+@pytest.mark.parametrize("shift", [0.4, 1.0, 3.0])
+def test_timesteps_are_on_the_schedule(count, u, shift):
+    t = stratified_timesteps(count, 1000, u, shift)
     assert t.dtype == torch.int64
     assert t.shape == (count,)
     assert t.min() >= 0
@@ -94,6 +95,14 @@ def test_timesteps_are_on_the_schedule(count, u):
 def test_timesteps_are_one_in_each_stratum(count):
     t = stratified_timesteps(count, 1000, u=0.3712345)
     assert torch.bincount(t * count // 1000, minlength=count).tolist() == [1] * count
+
+
+@pytest.mark.parametrize("shift", [0.4, 3.0])
+def test_shifted_timesteps_are_those_of_esser(shift):
+    """Where the even ones have a fraction q below t, the shifted ones have it below shift(t)."""
+    t = stratified_timesteps(100_000, 1000, 0.5, shift)
+    for q in (0.1, 0.5, 0.9):
+        assert (t < 1000 * shift * q / (1 + (shift - 1) * q)).double().mean() == pytest.approx(q, abs=2e-3)
 
 
 def test_timesteps_are_uniform_over_u():

@@ -35,6 +35,7 @@ class ObjectiveConfig:
     prediction: Literal["v", "eps", "x0"] = "v"
     zero_terminal_snr: bool = True  # the noisiest level is pure noise; not with eps
     weight: str = "min_snr"  # of the loss, by the noise level: a name in WEIGHTS of ldm/objective.py
+    timestep_shift: float = 1.0  # of the timesteps drawn; below 1: less noise, which small latents want
     caption_dropout: float = 0.1  # of the samples get the empty prompt, which guidance needs
 
     def __post_init__(self) -> None:
@@ -44,6 +45,10 @@ class ObjectiveConfig:
             )
         if self.weight not in WEIGHTS:
             raise ValueError(f"objective.weight={self.weight!r} is not one of {', '.join(WEIGHTS)}")
+        if not 0.01 <= self.timestep_shift <= 100:
+            raise ValueError(
+                f"objective.timestep_shift={self.timestep_shift}: expected 0.01 to 100; 1 is even"
+            )
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(
                 f"objective.caption_dropout={self.caption_dropout}: a fraction lies between 0 and 1"
@@ -117,7 +122,8 @@ class LatentDiffusion:
         """x0, noise (B, C, h, w), t (B,), tokens (B, N): each a function of the draw alone."""
         z = self.latents.sample(draws)
         u = float(torch.rand((), dtype=torch.float64, generator=generator("t", draws[0].seed, draws[0].step)))
-        t = stratified_timesteps(draws[0].count, len(self.scheduler.schedule.alpha), u)
+        T, shift = len(self.scheduler.schedule.alpha), self.recipe.objective.timestep_shift
+        t = stratified_timesteps(draws[0].count, T, u, shift)
         return {
             "x0": self.vae.to_latents(z),
             "noise": normal(draws, tuple(z.shape[1:]), "noise"),
