@@ -115,7 +115,11 @@ def test_a_command_shows_one_line_for_what_the_user_got_wrong(capsys, monkeypatc
 
 def recipe_class(path: Path) -> type:
     """By its name: NAME-autoencoder, NAME-text-encoder or NAME.yaml."""
-    kinds = {"autoencoder": AutoencoderRecipe, "text-encoder": ContrastiveRecipe}
+    kinds = {
+        "autoencoder": AutoencoderRecipe,
+        "decoder": AutoencoderRecipe,
+        "text-encoder": ContrastiveRecipe,
+    }
     return kinds.get(path.stem.partition("-")[2], DiffusionRecipe)
 
 

@@ -233,6 +233,37 @@ def test_a_decoder_goes_on_learning_and_latents_stay_valid(tmp_path, autoencoder
         replace(recipe, start=None)
 
 
+def test_a_decoder_learns_to_draw_clean_pictures_from_noisy_latents(tmp_path, autoencoder):
+    data = DataConfig(size=16, length=2)
+    recipe = AutoencoderRecipe(
+        output=str(tmp_path / "run"),
+        steps=200,
+        batch_size=2,
+        model=VAE,
+        data=data,
+        optim=OPTIM,
+        sample_every=0,
+        measured=2,
+        start=str(autoencoder),
+        train_encoder=False,
+    )
+
+    def error(**options: Any) -> float:
+        """Of pictures decoded from noisy latents, after training with these options."""
+        name = "-".join(map(str, options.values()))
+        task = Autoencoding(replace(recipe, output=str(tmp_path / name), **options))
+        fit(task, task.recipe)
+        image = torch.stack([task.image(i) for i in range(2)])
+        with torch.no_grad():
+            latents = task.vae.to_latents(task.vae.encode(image).mean)
+            noise = torch.randn(16, *latents.shape, generator=torch.Generator().manual_seed(0))
+            return sum((task.vae.decode(latents + each) - image).square().mean().item() for each in noise)
+
+    assert error(latent_noise=1.0) < 0.9 * error(latent_noise=0.0)
+    with pytest.raises(ValueError, match=r"latent_noise=0\.5: expected 0, or more with train_encoder=false"):
+        replace(recipe, train_encoder=True, latent_noise=0.5)
+
+
 def test_latents_are_read_back_and_a_stale_cache_is_refused(tmp_path, autoencoder):
     data, folder = DataConfig(size=16, length=3), tmp_path / "latents"
     first = compute_latents(data, autoencoder, folder)

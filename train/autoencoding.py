@@ -22,7 +22,7 @@ from train.config import to_mapping
 from train.data import DataConfig, Source, fit_square, grid, open_source, spread, to_images, to_tensor
 from train.latents import autoencoder_folder
 from train.loop import FitConfig
-from train.plan import Draw, normal
+from train.plan import Draw, normal, uniform
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class AutoencoderRecipe(FitConfig):
     loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     start: str | None = None  # folder of a trained one to go on from; null: new weights
     train_encoder: bool = True  # false: only the decoder learns, and latents computed before stay valid
+    latent_noise: float = 0.0  # of a decoder that learns alone: deviation, at most, of noise on its latents
     measured: int = 2048  # pictures over which the scale of the latents and the error are measured at the end
 
     def __post_init__(self) -> None:
@@ -47,6 +48,10 @@ class AutoencoderRecipe(FitConfig):
             )
         if not self.train_encoder and self.start is None:
             raise ValueError("train_encoder=false needs start: the encoder of new weights knows nothing")
+        if self.latent_noise < 0 or (self.latent_noise and self.train_encoder):
+            raise ValueError(
+                f"latent_noise={self.latent_noise}: expected 0, or more with train_encoder=false"
+            )
         if self.measured < 1:
             raise ValueError(f"measured={self.measured}: expected 1 or more pictures")
 
@@ -70,6 +75,7 @@ class Autoencoding:
             "model": to_mapping(recipe.model),
             "loss": to_mapping(recipe.loss),
             "train_encoder": recipe.train_encoder,
+            "latent_noise": recipe.latent_noise,
         }
 
     def build(self) -> AutoencoderKL:
@@ -84,7 +90,11 @@ class Autoencoding:
 
     def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
         image = torch.stack([self.image(draw.index) for draw in draws])
-        return {"image": image, "noise": normal(draws, self.latent_shape, "posterior")}
+        batch = {"image": image, "noise": normal(draws, self.latent_shape, "posterior")}
+        if self.recipe.latent_noise:
+            level = self.recipe.latent_noise * uniform(draws, "latent noise level").float()
+            batch["added"] = level.view(-1, 1, 1, 1) * normal(draws, self.latent_shape, "latent noise")
+        return batch
 
     def image(self, index: int) -> Tensor:
         """One picture: (3, H, W)."""
@@ -150,7 +160,15 @@ class Reconstruction(nn.Module):
         super().__init__()
         self.vae, self.config = vae, config
 
-    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """image: (B, 3, H, W); noise: (B, C, h, w) for the posterior. Returns the loss (B,) and its parts."""
-        reconstruction, posterior = self.vae(image, noise)
+    def forward(
+        self, image: Tensor, noise: Tensor, added: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss (B,) and its parts. image: (B, 3, H, W); noise: (B, C, h, w) for the posterior.
+
+        added: (B, C, h, w), to the scaled latents. A decoder that has seen noise draws clean pictures from
+        latents that are not quite right, as a UNet's are.
+        """
+        posterior = self.vae.encode(image)
+        latents = self.vae.to_latents(posterior.sample(noise))
+        reconstruction = self.vae.decode(latents if added is None else latents + added)
         return reconstruction_loss(reconstruction, image, posterior, self.config)
