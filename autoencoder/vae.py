@@ -284,14 +284,6 @@ class AutoencoderKL(nn.Module):
         z = latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
         return self.decoder(self.post_quant_conv(z.to(self.dtype))).to(latents.dtype)
 
-    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
-        """The training path: (reconstruction, posterior). noise: (B, C, h, w), standard normal.
-
-        One call, so that wrappers which watch forward (DDP) see the whole computation.
-        """
-        posterior = self.encode(image)
-        return self.decode(self.to_latents(posterior.sample(noise))), posterior
-
     def enable_gradient_checkpointing(self) -> None:
         """Trade a third more compute in training for activations of one resnet at a time."""
         for module in self.modules():
