@@ -14,7 +14,7 @@ MAX_STEPS = 1000  # the training timesteps of every model of this family
 MAX_IMAGES = 256  # of one call
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 100.0
-MAX_PROMPT = 40_000  # characters: a recipe with two of them, escaped, is no longer than what --from reads
+MAX_PROMPT = 80_000  # characters: a recipe with two of them, escaped, is no longer than what --from reads
 
 
 @dataclass(frozen=True, kw_only=True)

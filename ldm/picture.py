@@ -75,7 +75,7 @@ def save_picture(
     chunks = PngImagePlugin.PngInfo()
     if recipe is not None:
         chunks.add_text("parameters", recipe.parameters())  # iTXt where Latin-1 does not do
-        chunks.add_text("ldm", json.dumps(dataclasses.asdict(recipe)))
+        chunks.add_text("ldm", json.dumps(dataclasses.asdict(recipe), ensure_ascii=False))
         chunks.add_itxt("XML:com.adobe.xmp", XMP)
     with replacing(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
         image.save(file, format="PNG", pnginfo=chunks)

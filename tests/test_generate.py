@@ -258,8 +258,9 @@ def test_without_a_bundled_model(run, monkeypatch, tmp_path):
     assert (status, "carries no bundled model" in err) == (2, True)
 
 
-def test_the_longest_prompt_can_be_read_back(tmp_path):
-    longest = "\U0001f98a" * options.MAX_PROMPT  # twelve characters each in JSON
+@pytest.mark.parametrize("sign", ["\U0001f98a", "\x07"])  # the second is six characters in JSON
+def test_the_longest_prompt_can_be_read_back(tmp_path, sign):
+    longest = sign * options.MAX_PROMPT
     recipe = dataclasses.replace(RECIPE, prompt=longest, negative_prompt=longest)
     save_picture(Image.new("RGB", (8, 8)), tmp_path / "x.png", recipe)
     assert read_recipe(tmp_path / "x.png") == recipe
