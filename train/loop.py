@@ -26,7 +26,7 @@ from train.checkpoint import Checkpoint, clean, find_checkpoint, save_checkpoint
 from train.command import RunFailed
 from train.config import to_mapping
 from train.ema import EMA
-from train.optim import OptimConfig, adamw, learning_rate, load_optimizer_tensors, optimizer_tensors
+from train.optim import OptimConfig, build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from train.plan import Draw, Plan
 from train.readahead import ReadAhead
 from train.record import Record, open_run
@@ -178,7 +178,7 @@ def prepare(task: Task, config: FitConfig, accelerator: Accelerator) -> tuple[St
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     module.train()
     wrapped = accelerator.prepare_model(module)
-    return State(module, adamw(module, config.optim), EMA(module, config.ema_decay)), wrapped
+    return State(module, build_optimizer(module, config.optim), EMA(module, config.ema_decay)), wrapped
 
 
 def train_step(
