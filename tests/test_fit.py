@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from autoencoder.loss import ReconstructionConfig
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.checkpoint import load_model, save_model
 from ldm.unet import UNetConfig
@@ -144,13 +145,15 @@ def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, stop_after: int 
     return task
 
 
-def test_20_steps_equal_7_and_resume_and_13(tmp_path, autoencoder):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_20_steps_equal_7_and_resume_and_13(tmp_path, autoencoder, optimizer):
     """Bit for bit: weights, average, optimizer and the logged losses, with a SIGTERM in step 7."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    train_diffusion(diffusion_recipe(whole, workers=1), autoencoder)
-    train_diffusion(diffusion_recipe(halves, workers=0), autoencoder, stop_after=7)
+    optim = replace(OPTIM, optimizer=optimizer)
+    train_diffusion(diffusion_recipe(whole, workers=1, optim=optim), autoencoder)
+    train_diffusion(diffusion_recipe(halves, workers=0, optim=optim), autoencoder, stop_after=7)
     assert [line["step"] for line in losses(halves)] == list(range(1, 8))
-    train_diffusion(diffusion_recipe(halves, workers=2), autoencoder)
+    train_diffusion(diffusion_recipe(halves, workers=2, optim=optim), autoencoder)
     assert state(halves, 20) == state(whole, 20)
     assert losses(halves) == losses(whole)
 
@@ -180,6 +183,7 @@ def test_autoencoder_learns_one_batch_and_measures_its_scale(tmp_path):
         steps=40,
         batch_size=4,
         model=VAE,
+        loss=ReconstructionConfig(half_size=0.25),
         data=DataConfig(size=16, length=4),
         optim=replace(OPTIM, lr=5e-3),
         sample_every=40,
@@ -199,6 +203,37 @@ def test_autoencoder_learns_one_batch_and_measures_its_scale(tmp_path):
     assert std * exported["scaling_factor"] == pytest.approx(1, rel=0.05)  # scaled latents: unit variance
     with pytest.raises(ValueError, match="latents of another data"):
         compute_latents(replace(recipe.data, scene_seed=1), outcome.model, tmp_path / "latents")
+
+
+def test_latent_channels_that_hold_nothing_are_told(tmp_path, caplog):
+    """A posterior that is wide for channel 1 and narrow for the others; and a size that has no half."""
+    recipe = AutoencoderRecipe(
+        output=str(tmp_path),
+        steps=4,
+        batch_size=1,
+        model=VAE,
+        data=DataConfig(size=16, length=4),
+        optim=OPTIM,
+    )
+    task = Autoencoding(recipe)
+    channels = VAE.latent_channels
+    with torch.no_grad():
+        task.vae.quant_conv.weight[[1, *range(channels, 2 * channels)]] = 0
+        task.vae.quant_conv.bias[[1, channels + 1]] = 0
+        task.vae.quant_conv.bias[[channels + k for k in range(channels) if k != 1]] = -20
+        noise = task.measure().noise
+        task.export(tmp_path / "model")
+    assert noise[1] == 1
+    assert sum(noise) == pytest.approx(1, abs=1e-2)
+    assert "latent channels [1] of 4 hold next to nothing" in caplog.text
+    eighth = replace(
+        VAE,
+        block_out_channels=(8,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    with pytest.raises(ValueError, match=r"data.size=24 with loss.half_size: expected a multiple of 16"):
+        replace(recipe, model=eighth, data=DataConfig(size=24), loss=ReconstructionConfig(half_size=0.25))
 
 
 def test_a_decoder_goes_on_learning_and_latents_stay_valid(tmp_path, autoencoder):

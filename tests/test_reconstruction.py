@@ -43,3 +43,15 @@ def test_kl_weight_refers_to_sums():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         ReconstructionConfig(**options)
+
+
+def test_half_size():
+    """The pixel terms once more at half the size: a shift by 1/2 costs 0.75 of the weight."""
+    image = torch.rand(3, 3, 4, 6) * 2 - 1
+    half = torch.nn.functional.interpolate(image, scale_factor=0.5, mode="area")
+    config = ReconstructionConfig(half_size=0.4)
+    loss, parts = reconstruction_loss(image, image, normal_posterior(3), config, half)
+    torch.testing.assert_close(loss, torch.zeros(3))
+    loss, parts = reconstruction_loss(image, image, normal_posterior(3), config, half + 0.5)
+    torch.testing.assert_close(parts["half_size"], torch.full((3,), 0.75))
+    torch.testing.assert_close(loss, torch.full((3,), 0.4 * 0.75))

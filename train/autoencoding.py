@@ -8,16 +8,16 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from autoencoder.loss import ReconstructionConfig, reconstruction_loss
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.checkpoint import empty_model, load_model, save_model
-from ldm.noise import generator
 from train.config import to_mapping
 from train.data import DataConfig, Source, fit_square, grid, open_source, spread, to_images, to_tensor
 from train.latents import autoencoder_folder
@@ -46,6 +46,11 @@ class AutoencoderRecipe(FitConfig):
             raise ValueError(
                 f"data.size={self.data.size} is not a multiple of {factor}, the model's downsampling"
             )
+        if self.loss.half_size and self.data.size % (2 * factor):
+            raise ValueError(
+                f"data.size={self.data.size} with loss.half_size: expected a multiple of {2 * factor}, "
+                "so that half of it fits too"
+            )
         if not self.train_encoder and self.start is None:
             raise ValueError("train_encoder=false needs start: the encoder of new weights knows nothing")
         if self.latent_noise < 0 or (self.latent_noise and self.train_encoder):
@@ -54,6 +59,14 @@ class AutoencoderRecipe(FitConfig):
             )
         if self.measured < 1:
             raise ValueError(f"measured={self.measured}: expected 1 or more pictures")
+
+
+class Measured(NamedTuple):
+    """What is known of a trained autoencoder."""
+
+    scaling_factor: float  # 1 / standard deviation of the latents, sampled
+    psnr: float  # of the reconstruction, in dB
+    noise: list[float]  # a channel: the share of the posterior's noise in the variance of the latents
 
 
 class Autoencoding:
@@ -116,41 +129,49 @@ class Autoencoding:
 
     def export(self, folder: Path) -> None:
         """The autoencoder with its measured scaling_factor, as a folder that stock diffusers reads."""
-        scaling_factor, psnr = self.measure()
-        config = dataclasses.replace(self.recipe.model, scaling_factor=scaling_factor, shift_factor=None)
+        measured = self.measure()
+        config = dataclasses.replace(
+            self.recipe.model, scaling_factor=measured.scaling_factor, shift_factor=None
+        )
         if not self.recipe.train_encoder:
             config = self.vae.config  # the latents are those of before, and so is their scale
         vae = empty_model(AutoencoderKL, config)
         vae.load_state_dict(self.vae.state_dict(), assign=True)
         save_model(vae, folder)
-        log.info("autoencoder: PSNR %.2f dB, scaling_factor %.4f", psnr, scaling_factor)
-
-    def measure(self) -> tuple[float, float]:
-        """(1 / std of the latents, PSNR of the reconstruction in dB), over `measured` pictures.
-
-        No shift: stock StableDiffusionPipeline does not know it.
-        """
-        total = squares = error = 0.0
-        values = pixels = 0
-        for start, image in self.measured_batches():
-            posterior = self.vae.encode(image.to(self.device))
-            noise = torch.randn(posterior.mean.shape, generator=generator("measure", start)).to(self.device)
-            z = posterior.sample(noise).double()
-            total, squares, values = (
-                total + z.sum().item(),
-                squares + z.square().sum().item(),
-                values + z.numel(),
+        log.info("autoencoder: PSNR %.2f dB, scaling_factor %.4f", measured.psnr, measured.scaling_factor)
+        empty = [channel for channel, share in enumerate(measured.noise) if share > 0.5]
+        if empty:
+            log.warning(
+                "latent channels %s of %d hold next to nothing: a UNet spends its training on their noise. "
+                "Lower model.latent_channels by as many, or loss.kl",
+                empty,
+                len(measured.noise),
             )
+
+    def measure(self) -> Measured:
+        """Over `measured` pictures. No shift: stock StableDiffusionPipeline does not know it."""
+        error = pixels = values = 0.0
+        totals = torch.zeros(3, self.recipe.model.latent_channels, dtype=torch.float64)
+        for image in self.measured_batches():
+            posterior = self.vae.encode(image.to(self.device))
+            mean, std = posterior.mean.cpu().double(), posterior.std.cpu().double()
+            totals += torch.stack([x.sum((0, 2, 3)) for x in (mean, mean.square(), std.square())])
+            values += mean[:, 0].numel()
             decoded = self.vae.decode(self.vae.to_latents(posterior.mean)).float().cpu()
             error += (decoded.clamp(-1, 1) - image).square().sum().item()
             pixels += image.numel()
-        std = math.sqrt(squares / values - (total / values) ** 2)
-        return 1 / std, 10 * math.log10(4 / max(error / pixels, 1e-12))
+        mean, square, noise = totals / values
+        std = (square.mean() + noise.mean() - mean.mean() ** 2).sqrt().item()
+        return Measured(
+            scaling_factor=1 / std,
+            psnr=10 * math.log10(4 / max(error / pixels, 1e-12)),
+            noise=(noise / (square - mean**2 + noise)).tolist(),
+        )
 
-    def measured_batches(self, size: int = 64) -> Iterator[tuple[int, Tensor]]:
+    def measured_batches(self, size: int = 64) -> Iterator[Tensor]:
         indices = spread(self.length, self.recipe.measured)
         for start in range(0, len(indices), size):
-            yield start, torch.stack([self.image(index) for index in indices[start : start + size]])
+            yield torch.stack([self.image(index) for index in indices[start : start + size]])
 
 
 class Reconstruction(nn.Module):
@@ -171,4 +192,5 @@ class Reconstruction(nn.Module):
         posterior = self.vae.encode(image)
         latents = self.vae.to_latents(posterior.sample(noise))
         reconstruction = self.vae.decode(latents if added is None else latents + added)
-        return reconstruction_loss(reconstruction, image, posterior, self.config)
+        half_size = self.vae.decode(F.avg_pool2d(latents, 2)) if self.config.half_size else None
+        return reconstruction_loss(reconstruction, image, posterior, self.config, half_size)
