@@ -33,7 +33,31 @@ def min_snr(level: Level, kind: Prediction, gamma: float = 5.0) -> Tensor:
     return (sigma**-2).clamp(max=gamma)
 
 
-WEIGHTS: dict[str, Weight] = {"none": no_weight, "min_snr": min_snr}
+def soft_min_snr(level: Level, kind: Prediction, gamma: float = 4.0) -> Tensor:
+    """Soft-min-SNR (Crowson et al. 2024, "Hourglass diffusion"): min-SNR without its corner.
+
+    eps: gamma / (SNR + gamma), as published. v: gamma / (SNR + 1 + gamma), and x0: (SNR + 1) times that:
+    SNR + 1 stands for the paper's SNR, as in min_snr.
+    """
+    alpha, sigma = torch.as_tensor(level.alpha), torch.as_tensor(level.sigma)
+    noise = gamma * sigma**2
+    if kind == "eps":
+        return noise / (alpha**2 + noise)
+    return (noise if kind == "v" else gamma) / (1 + noise)
+
+
+def p2(level: Level, kind: Prediction) -> Tensor:
+    """P2 with k = gamma = 1 (Choi et al. 2022): little weight where only what nobody sees is left to remove.
+
+    eps: 1 / (SNR + 1), as published. v: 1 / (SNR + 2), and x0: (SNR + 1) times that, as in min_snr.
+    """
+    sigma2 = torch.as_tensor(level.sigma) ** 2
+    if kind == "eps":
+        return sigma2
+    return (sigma2 if kind == "v" else 1) / (1 + sigma2)
+
+
+WEIGHTS: dict[str, Weight] = {"none": no_weight, "min_snr": min_snr, "soft_min_snr": soft_min_snr, "p2": p2}
 
 
 def stratified_timesteps(count: int, T: int, u: float, shift: float = 1.0) -> Tensor:
@@ -56,16 +80,20 @@ def diffusion_loss(
     noise: Tensor,
     t: Tensor,
     weight: Weight = no_weight,
+    perturbation: Tensor | None = None,
 ) -> Tensor:
     """The weighted mean squared error of the prediction, a value a sample: (B,). Ho et al. 2020, eq. 14.
 
     x0, noise: (B, C, h, w) float32, scaled latents and a standard normal draw. t: (B,) int64.
     context: (B, N, D), or what else the unet takes there.
+    perturbation: (B, C, h, w), added to the noise that the unet sees, not to that it is asked for (Ning et
+    al. 2023, "Input perturbation reduces exposure bias").
     Raises ValueError if kind is eps and the schedule ends at zero SNR.
     """
     schedule.require(kind)
     level = schedule.at(t, like=x0)
-    xt = level.alpha * x0 + level.sigma * noise
+    seen = noise if perturbation is None else noise + perturbation
+    xt = level.alpha * x0 + level.sigma * seen
     target = {"eps": noise, "x0": x0, "v": level.alpha * noise - level.sigma * x0}[kind]
     error = F.mse_loss(unet(xt, t.to(x0.device), context).float(), target, reduction="none")
     return (weight(level, kind) * error).flatten(1).mean(1)

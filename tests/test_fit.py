@@ -26,11 +26,11 @@ from train.autoencoding import AutoencoderRecipe, Autoencoding
 from train.checkpoint import load_checkpoint
 from train.command import RunFailed
 from train.data import DataConfig
-from train.diffusion import DiffusionRecipe, LatentDiffusion
+from train.diffusion import DiffusionRecipe, LatentDiffusion, ObjectiveConfig
 from train.latents import CacheKey, Latents, compute_latents
 from train.loop import FitConfig, fit
 from train.optim import OptimConfig
-from train.plan import Draw, normal
+from train.plan import Draw, Plan, normal
 from train.text import TextConfig
 
 ROOT = Path(__file__).parent.parent
@@ -325,6 +325,29 @@ def test_a_frozen_text_encoder_is_not_trained_and_not_saved(tmp_path, autoencode
     assert all(name.startswith("unet.") for name in checkpoint.tensors["model"])
     for name, value in tiny_pipeline.text_encoder.state_dict().items():
         assert torch.equal(task.text_encoder.state_dict()[name], value)
+
+
+def test_offset_noise_and_input_perturbation(tmp_path, autoencoder):
+    """Offset noise is one number a channel; both are functions of the draw, and off by default."""
+    recipe = diffusion_recipe(tmp_path / "run")
+    loud = replace(recipe, objective=ObjectiveConfig(offset_noise=0.5, input_perturbation=0.1))
+    draws = Plan(12, 4, 0).batch(3)
+    plain, other = (LatentDiffusion(each, autoencoder, latents()).batch(draws) for each in (recipe, loud))
+    assert "perturbation" not in plain
+    offset = other["noise"] - plain["noise"]
+    torch.testing.assert_close(offset, offset.mean((2, 3), keepdim=True).expand_as(offset))
+    assert 0.3 < offset[:, :, 0, 0].std() < 0.7
+    assert other["perturbation"].std().item() == pytest.approx(0.1, rel=0.1)
+    alone = LatentDiffusion(loud, autoencoder, latents()).batch(draws[2:3])
+    assert all(torch.equal(alone[name][0], other[name][2]) for name in ("noise", "perturbation"))
+    with pytest.raises(ValueError, match=r"objective\.input_perturbation=-1: expected 0, or up to 1"):
+        ObjectiveConfig(input_perturbation=-1)
+
+
+def test_gradient_checkpointing_trains_the_same(tmp_path, autoencoder):
+    for name, options in (("plain", {}), ("checkpointed", {"gradient_checkpointing": True})):
+        train_diffusion(diffusion_recipe(tmp_path / name, steps=4, **options), autoencoder)
+    assert losses(tmp_path / "plain") == losses(tmp_path / "checkpointed")
 
 
 def test_captions_are_chosen_and_dropped_by_count():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.objective import WEIGHTS, diffusion_loss, min_snr, stratified_timesteps
+from ldm.objective import WEIGHTS, diffusion_loss, min_snr, p2, soft_min_snr, stratified_timesteps
 from ldm.schedule import Level, NoiseSchedule, to_x0
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -78,6 +78,38 @@ def test_min_snr_is_the_papers_where_the_signal_is_strong():
     torch.testing.assert_close(min_snr(level, "v"), (snr + 1).clamp(max=5) / (snr + 1))
     torch.testing.assert_close(min_snr(level, "x0", gamma=3.0), (snr + 1).clamp(max=3))
     torch.testing.assert_close(min_snr(level, "v") * (snr + 1), min_snr(level, "x0"))  # one loss, two ways
+
+
+@pytest.mark.parametrize("name", WEIGHTS.keys() - {"none"})
+def test_weights_are_one_loss_in_two_ways(name):
+    """An error in x0 weighs the same whether the model predicts v or x0: SNR + 1 lies between the two."""
+    level = Level(0.0, SCHEDULE.alpha, SCHEDULE.sigma)
+    snr = (level.alpha / level.sigma) ** 2
+    v, x0 = WEIGHTS[name](level, "v"), WEIGHTS[name](level, "x0")
+    torch.testing.assert_close(v * (snr + 1), x0)
+
+
+def test_soft_min_snr_and_p2_are_as_published():
+    """For eps at every level; for x0 with SNR + 1 in the place of SNR."""
+    level = Level(0.0, SCHEDULE.alpha, SCHEDULE.sigma)
+    snr = (level.alpha / level.sigma) ** 2
+    torch.testing.assert_close(soft_min_snr(level, "eps"), 4 / (snr + 4))
+    torch.testing.assert_close(soft_min_snr(level, "x0", gamma=3.0), 3 * (snr + 1) / (snr + 1 + 3))
+    torch.testing.assert_close(p2(level, "eps"), 1 / (1 + snr))
+    torch.testing.assert_close(p2(level, "x0"), (snr + 1) / (1 + snr + 1))
+
+
+def test_a_perturbation_is_seen_and_not_asked_for():
+    x0, context, noise = batch()
+    perturbation = torch.randn_like(noise)
+
+    def unet(xt, t, context):
+        level = SCHEDULE.at(t, like=xt)
+        torch.testing.assert_close(xt, level.alpha * x0 + level.sigma * (noise + perturbation))
+        return noise
+
+    args = (SCHEDULE, x0, context, "eps", noise, T_OF_BATCH)
+    assert diffusion_loss(unet, *args, perturbation=perturbation).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 1000, 1700])

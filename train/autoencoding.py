@@ -33,6 +33,7 @@ class AutoencoderRecipe(FitConfig):
 
     data: DataConfig = field(default_factory=DataConfig)
     model: AutoencoderKLConfig
+    gradient_checkpointing: bool = False  # much less memory for a third more time
     loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     start: str | None = None  # folder of a trained one to go on from; null: new weights
     train_encoder: bool = True  # false: only the decoder learns, and latents computed before stay valid
@@ -80,6 +81,8 @@ class Autoencoding:
         self.vae = self.build()
         self.vae.encoder.requires_grad_(recipe.train_encoder)
         self.vae.quant_conv.requires_grad_(recipe.train_encoder)
+        if recipe.gradient_checkpointing:
+            self.vae.enable_gradient_checkpointing()
         self.module: nn.Module = Reconstruction(self.vae, recipe.loss)
         factor, size = self.vae.downsample_factor, recipe.data.size
         self.latent_shape = (recipe.model.latent_channels, size // factor, size // factor)

@@ -37,6 +37,8 @@ class ObjectiveConfig:
     weight: str = "min_snr"  # of the loss, by the noise level: a name in WEIGHTS of ldm/objective.py
     timestep_shift: float = 1.0  # of the timesteps drawn; below 1: less noise, which small latents want
     caption_dropout: float = 0.1  # of the samples get the empty prompt, which guidance needs
+    offset_noise: float = 0.0  # deviation of noise that is the same all over a channel; zero SNR does better
+    input_perturbation: float = 0.0  # of more noise that the UNet sees and is not asked for; 0.1 in the paper
 
     def __post_init__(self) -> None:
         if self.prediction == "eps" and self.zero_terminal_snr:
@@ -49,6 +51,9 @@ class ObjectiveConfig:
             raise ValueError(
                 f"objective.timestep_shift={self.timestep_shift}: expected 0.01 to 100; 1 is even"
             )
+        for name in ("offset_noise", "input_perturbation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"objective.{name}={getattr(self, name)}: expected 0, or up to 1")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(
                 f"objective.caption_dropout={self.caption_dropout}: a fraction lies between 0 and 1"
@@ -64,6 +69,7 @@ class DiffusionRecipe(FitConfig):
     data: DataConfig = field(default_factory=DataConfig)
     text_encoder: TextConfig = field(default_factory=TextConfig)
     unet: UNetConfig
+    gradient_checkpointing: bool = False  # of the UNet: much less memory for a third more time
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     prompts: tuple[str, ...] = ()  # of the pictures drawn while training; none: captions of the data
     export_dtype: Literal["float32", "float16"] = "float32"  # in which the exported weights are stored
@@ -109,6 +115,8 @@ class LatentDiffusion:
                 f"unet.cross_attention_dim={recipe.unet.cross_attention_dim}, but the text encoder has "
                 f"{self.text_encoder.config.hidden_size} channels"
             )
+        if recipe.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
         self.module: nn.Module = Diffusion(self.unet, self.text_encoder, self.scheduler, recipe)
         self.facts: Mapping[str, Any] = {
             "data": latents.key.data,
@@ -119,19 +127,23 @@ class LatentDiffusion:
         }
 
     def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
-        """x0, noise (B, C, h, w), t (B,), tokens (B, N): each a function of the draw alone."""
+        """x0, noise, perturbation (B, C, h, w), t (B,), tokens (B, N): each a function of the draw alone."""
         z = self.latents.sample(draws)
         u = float(torch.rand((), dtype=torch.float64, generator=generator("t", draws[0].seed, draws[0].step)))
         T, shift = len(self.scheduler.schedule.alpha), self.recipe.objective.timestep_shift
         t = stratified_timesteps(draws[0].count, T, u, shift)
-        return {
+        shape, objective = tuple(z.shape[1:]), self.recipe.objective
+        batch = {
             "x0": self.vae.to_latents(z),
-            "noise": normal(draws, tuple(z.shape[1:]), "noise"),
+            "noise": normal(draws, shape, "noise"),
             "t": t[[draw.position for draw in draws]],
-            "tokens": self.tokenizer(
-                self.latents.choose_captions(draws, dropout=self.recipe.objective.caption_dropout)
-            ),
+            "tokens": self.tokenizer(self.latents.choose_captions(draws, dropout=objective.caption_dropout)),
         }
+        if objective.offset_noise:
+            batch["noise"] += objective.offset_noise * normal(draws, (shape[0], 1, 1), "offset noise")
+        if objective.input_perturbation:
+            batch["perturbation"] = objective.input_perturbation * normal(draws, shape, "perturbation")
+        return batch
 
     def pipeline(self) -> LatentDiffusionPipeline:
         """The pipeline around the weights as they are now."""
@@ -186,11 +198,13 @@ class Diffusion(nn.Module):
             self.encode = frozen(text_encoder)
 
     def forward(
-        self, x0: Tensor, noise: Tensor, t: Tensor, tokens: Tensor
+        self, x0: Tensor, noise: Tensor, t: Tensor, tokens: Tensor, perturbation: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss (B,). x0, noise: (B, C, h, w); t: (B,) int64; tokens: (B, N) int64."""
+        """The loss (B,). x0, noise, perturbation: (B, C, h, w); t: (B,) int64; tokens: (B, N) int64."""
         context = self.encode(tokens)
-        loss = diffusion_loss(self.unet, self.schedule, x0, context, self.kind, noise, t, self.weight)
+        loss = diffusion_loss(
+            self.unet, self.schedule, x0, context, self.kind, noise, t, self.weight, perturbation
+        )
         return loss, {}
 
 
