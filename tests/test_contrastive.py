@@ -79,6 +79,7 @@ def test_it_learns_every_word_and_a_recipe_takes_the_result(task, tmp_path):
     outcome = fit(task, task.recipe)
     with torch.no_grad():
         _, parts = task.module(**task.batch(draws(16)))
+        assert task.validate(range(16))["found"] == parts["found"].mean()
     assert parts["found"].mean() > 0.9  # a guess finds one in 16; who knows the colour alone, one in 4
     assert (tmp_path / "run/samples/step-00000060.png").exists()
     config = TextConfig(train=False, path=str(outcome.model))

@@ -20,7 +20,6 @@ from train.data import (
     grid,
     open_source,
     read_image,
-    spread,
     to_images,
     to_tensor,
     upright,
@@ -196,14 +195,6 @@ def test_captions_are_cleaned():
     assert clean_captions(["  a\nfox\x00 ", "", 3, "\U0001f98a"]) == ["a fox", "\U0001f98a"]
     assert len(clean_captions("x" * 100_000)[0]) == 20_000
     assert clean_captions(None) == []
-
-
-@pytest.mark.parametrize(("length", "count"), [(1, 1), (5, 8), (100, 8), (8, 8), (7, 3)])
-def test_spread_picks_different_samples(length, count):
-    picked = spread(length, count)
-    assert picked == sorted(set(picked))
-    assert len(picked) == min(length, count)
-    assert all(0 <= index < length for index in picked)
 
 
 @pytest.mark.slow

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class Toy:
         self.length, self.facts = 10, {"width": 5}
         self.poison, self.stop_after = poison, stop_after
         self.seen: list[int] = []
+        self.validated: list[int] = []
 
     def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
         self.seen += [draw.index for draw in draws]
@@ -71,6 +73,10 @@ class Toy:
             os.kill(os.getpid(), signal.SIGTERM)
         x = normal(draws, (5,), "noise") + torch.tensor([[float(draw.index)] for draw in draws]) / 10
         return {"x": x / 0 if self.poison(draws[0].step) else x}
+
+    def validate(self, indices: Sequence[int]) -> dict[str, float]:
+        self.validated = list(indices)
+        return {"weight": self.module.state_dict()["linear.weight"].sum().item()}
 
     def preview(self) -> Image.Image:
         return Image.new("RGB", (2, 2))
@@ -398,6 +404,51 @@ def test_what_a_run_leaves_behind(tmp_path):
     average = load_checkpoint(tmp_path / "checkpoints/step-00000020").tensors["ema"]["linear.weight"]
     assert json.loads((outcome.model / "weight.json").read_text()) == average.tolist()
     assert "steps: 20" in (tmp_path / "config.yaml").read_text()
+
+
+def test_validation_is_on_what_is_in_no_batch_and_by_the_average(tmp_path):
+    task = Toy()
+    fit(task, toy_config(tmp_path, validation_samples=3, validate_every=8))
+    assert len(task.validated) == 3
+    assert not set(task.validated) & set(task.seen)
+    assert set(task.seen) | set(task.validated) == set(range(10))
+    lines = [line for line in losses(tmp_path) if "validation/weight" in line]
+    assert [line["step"] for line in lines] == [8, 16, 20]
+    average = load_checkpoint(tmp_path / "checkpoints/step-00000020").tensors["ema"]["linear.weight"]
+    assert lines[-1]["validation/weight"] == pytest.approx(average.sum().item())
+
+
+def test_validation_of_a_diffusion_model(tmp_path, autoencoder):
+    """Nothing but the weights changes it."""
+    recipe = diffusion_recipe(tmp_path / "run", optim=replace(OPTIM, lr=1e-2))
+    task = LatentDiffusion(recipe, autoencoder, latents())
+    with torch.no_grad():
+        before = task.validate([1, 5, 7])
+        assert task.validate([1, 5, 7]) == before
+    assert before.keys() == {"loss", *(f"loss_t{t:03d}" for t in (62, 187, 312, 437, 562, 687, 812, 937))}
+    levels = [value for name, value in before.items() if name != "loss"]
+    assert before["loss"] == pytest.approx(sum(levels) / 8)
+    fit(task, recipe)
+    with torch.no_grad():
+        assert task.validate([1, 5, 7])["loss"] < before["loss"]
+
+
+def test_validation_of_an_autoencoder(tmp_path):
+    recipe = AutoencoderRecipe(
+        output=str(tmp_path),
+        steps=4,
+        batch_size=1,
+        model=VAE,
+        data=DataConfig(size=16, length=8),
+        optim=OPTIM,
+    )
+    task = Autoencoding(recipe)
+    with torch.no_grad():
+        values = task.validate(range(8))
+        pictures = torch.stack([task.image(index) for index in range(8)])
+        error = (task.reconstruct(pictures).clamp(-1, 1) - pictures).square().mean().item()
+    assert values.keys() == {"loss", "l1", "mse", "gradient", "kl", "psnr"}
+    assert values["psnr"] == pytest.approx(10 * math.log10(4 / error), abs=1e-3)
 
 
 def test_a_finished_run_says_so_and_writes_a_missing_export(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.plan import Draw, Plan, normal, uniform
+from train.plan import Draw, Plan, fixed_draws, normal, spread, uniform
 from train.readahead import ReadAhead
 
 
@@ -64,9 +64,37 @@ def test_threads_change_neither_order_nor_content(workers):
                 assert torch.equal(batch["noise"], normal(draws, (2,), "noise"))
 
 
+@pytest.mark.parametrize(("length", "count"), [(1, 1), (5, 8), (100, 8), (8, 8), (7, 3)])
+def test_spread_picks_different_samples(length, count):
+    picked = spread(length, count)
+    assert picked == sorted(set(picked))
+    assert len(picked) == min(length, count)
+    assert all(0 <= index < length for index in picked)
+
+
+@pytest.mark.parametrize(("length", "held_out"), [(10, 3), (1000, 64), (5, 4)])
+def test_held_out_samples_are_in_no_batch(length, held_out):
+    """And every other one is in each epoch."""
+    plan = Plan(length=length, batch_size=1, seed=0, held_out=held_out)
+    rest = sorted(set(range(length)) - set(spread(length, held_out)))
+    epochs = [index for step in range(2 * len(rest)) for index in indices(plan.batch(step))]
+    assert sorted(epochs[: len(rest)]) == sorted(epochs[len(rest) :]) == rest
+
+
+def test_draws_of_a_validation_are_fixed():
+    """The same noise for a sample whatever the size of the lists."""
+    small, large = (
+        [draw for draws in fixed_draws([4, 9, 2, 7, 5], size) for draw in draws] for size in (2, 32)
+    )
+    assert small == large
+    assert indices(small) == [4, 9, 2, 7, 5]
+    assert len({draw.generator("noise").initial_seed() for draw in small}) == 5
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"held_out": 10}, "validation_samples=10 of 10 samples leave none to train on"),
         ({"length": 0}, "no sample"),
         ({"ranks": 3}, "batch_size=8 is not divisible by 3 ranks: use 6 or 9"),
         ({"ranks": 2, "micro_batch": 3}, "micro_batch=3 does not divide the 4 samples"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +19,10 @@ from autoencoder.loss import ReconstructionConfig, reconstruction_loss
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.checkpoint import empty_model, load_model, save_model
 from train.config import to_mapping
-from train.data import DataConfig, Source, fit_square, grid, open_source, spread, to_images, to_tensor
+from train.data import DataConfig, Source, fit_square, grid, open_source, to_images, to_tensor
 from train.latents import autoencoder_folder
 from train.loop import FitConfig
-from train.plan import Draw, normal, uniform
+from train.plan import Draw, fixed_draws, normal, spread, uniform
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +116,20 @@ class Autoencoding:
         """One picture: (3, H, W)."""
         return to_tensor(fit_square(self.source[index][0], self.recipe.data.size))
 
+    def validate(self, indices: Sequence[int]) -> dict[str, float]:
+        """The parts of the loss, and the PSNR in dB of the reconstruction through the mean."""
+        totals: dict[str, float] = {}
+        error = 0.0
+        for draws in fixed_draws(indices):
+            image = torch.stack([self.image(draw.index) for draw in draws])
+            noise = normal(draws, self.latent_shape, "posterior")
+            loss, parts = self.module(image.to(self.device), noise.to(self.device))
+            for name, value in {"loss": loss, **parts}.items():
+                totals[name] = totals.get(name, 0.0) + value.sum().item() / len(indices)
+            decoded = self.reconstruct(image).clamp(-1, 1)
+            error += (decoded - image).square().mean((1, 2, 3)).sum().item() / len(indices)
+        return {**totals, "psnr": decibels(error)}
+
     def preview(self) -> Image.Image:
         """Eight pictures and, below each, what the autoencoder makes of it."""
         image = torch.stack([self.image(index) for index in spread(self.length, 8)])
@@ -167,7 +181,7 @@ class Autoencoding:
         std = (square.mean() + noise.mean() - mean.mean() ** 2).sqrt().item()
         return Measured(
             scaling_factor=1 / std,
-            psnr=10 * math.log10(4 / max(error / pixels, 1e-12)),
+            psnr=decibels(error / pixels),
             noise=(noise / (square - mean**2 + noise)).tolist(),
         )
 
@@ -175,6 +189,11 @@ class Autoencoding:
         indices = spread(self.length, self.recipe.measured)
         for start in range(0, len(indices), size):
             yield torch.stack([self.image(index) for index in indices[start : start + size]])
+
+
+def decibels(error: float) -> float:
+    """The PSNR in dB of a mean squared error between pictures in [-1, 1]."""
+    return 10 * math.log10(4 / max(error, 1e-12))
 
 
 class Reconstruction(nn.Module):

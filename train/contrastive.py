@@ -7,7 +7,7 @@ the place. Told apart from other captions of the same batch, it has to know ever
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from autoencoder.layers import Downsample, ResnetBlock
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import load_model, save_model
 from text_encoder.clip import CLIPTextEncoder
-from train.data import DataConfig, grid, spread, to_images
+from train.data import DataConfig, grid, to_images
 from train.latents import Latents
 from train.loop import FitConfig
-from train.plan import Draw
+from train.plan import Draw, fixed_draws, spread
 from train.text import TextConfig, build_text_encoder, text_facts
 
 
@@ -113,6 +113,16 @@ class Contrastive:
             "x0": self.vae.to_latents(self.latents.sample(draws)),
             "tokens": self.tokenizer(self.latents.choose_captions(draws)),
         }
+
+    def validate(self, indices: Sequence[int]) -> dict[str, float]:
+        """The loss over batches of the recipe's size, and how many captions find their own picture."""
+        device, total, found = self.contrast.logit_scale.device, 0.0, 0.0
+        for draws in fixed_draws(indices, self.recipe.batch_size):
+            batch = {name: value.to(device) for name, value in self.batch(draws).items()}
+            loss, values = self.contrast(**batch)
+            total += loss.sum().item() / len(indices)
+            found += values["found"].sum().item() / len(indices)
+        return {"loss": total, "found": found}
 
     def preview(self) -> Image.Image:
         """A row for each of eight captions: its own picture, then the seven of 256 that fit it best."""

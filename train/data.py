@@ -17,7 +17,6 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ldm.noise import key
 from train.scenes import SceneSource
 
 log = logging.getLogger(__name__)
@@ -361,9 +360,3 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Ima
     for i, image in enumerate(images):
         page.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
     return page
-
-
-def spread(length: int, count: int) -> list[int]:
-    """`count` indices, or all, evenly spread and always the same: what previews and measurements look at."""
-    count = min(length, count)
-    return [(i * length + key("spread", i) % length) // count % length for i in range(count)]

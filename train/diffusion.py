@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +21,13 @@ from ldm.scheduler import Scheduler
 from ldm.unet import UNet, UNetConfig
 from text_encoder.clip import CLIPTextEncoder
 from train.config import to_mapping
-from train.data import DataConfig, grid, spread
+from train.data import DataConfig, grid
 from train.latents import Latents
 from train.loop import FitConfig
-from train.plan import Draw, normal
+from train.plan import Draw, fixed_draws, normal, spread
 from train.text import TextConfig, build_text_encoder, text_facts
+
+LEVELS = 8  # timesteps of a validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,30 @@ class LatentDiffusion:
         if objective.input_perturbation:
             batch["perturbation"] = objective.input_perturbation * normal(draws, shape, "perturbation")
         return batch
+
+    def validate(self, indices: Sequence[int]) -> dict[str, float]:
+        """The plain loss, and that at each of LEVELS timesteps, over all samples with one noise each."""
+        device, T = next(self.unet.parameters()).device, len(self.scheduler.schedule.alpha)
+        timesteps = [int(T * (k + 0.5) / LEVELS) for k in range(LEVELS)]
+        total = torch.zeros(LEVELS)
+        for draws in fixed_draws(indices):
+            x0 = self.vae.to_latents(self.latents.sample(draws)).to(device)
+            noise = normal(draws, tuple(x0.shape[1:]), "noise").to(device)
+            context = self.text_encoder.to(device)(
+                self.tokenizer(self.latents.choose_captions(draws)).to(device)
+            )
+            for k, t in enumerate(timesteps):
+                at = torch.full((len(draws),), t, device=device)
+                total[k] += (
+                    diffusion_loss(
+                        self.unet, self.scheduler.schedule, x0, context, self.scheduler.prediction, noise, at
+                    )
+                    .sum()
+                    .cpu()
+                )
+        losses = (total / len(indices)).tolist()
+        named = {f"loss_t{t:03d}": loss for t, loss in zip(timesteps, losses, strict=True)}
+        return {"loss": sum(losses) / LEVELS, **named}
 
     def pipeline(self) -> LatentDiffusionPipeline:
         """The pipeline around the weights as they are now."""

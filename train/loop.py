@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from train.command import RunFailed
 from train.config import to_mapping
 from train.ema import EMA
 from train.optim import OptimConfig, build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from train.plan import Draw, Plan
+from train.plan import Draw, Plan, spread
 from train.readahead import ReadAhead
 from train.record import Record, open_run
 from train.stop import EXIT_RESUMABLE, StopRequest
@@ -55,14 +55,16 @@ class FitConfig:
     save_every: int = 500  # optimizer steps between checkpoints
     keep_last: int = 2  # checkpoints kept
     sample_every: int = 500  # optimizer steps between pictures; 0: none
+    validation_samples: int = 0  # held out of training; the loss on them says whether it learns by heart
+    validate_every: int = 500  # optimizer steps between validations, by the averaged weights
     log_every: int = 20  # optimizer steps between lines of progress
     tracker: str | None = None  # beside metrics.jsonl: tensorboard, wandb or another that accelerate knows
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "keep_last", "log_every"):
+        for name in ("steps", "batch_size", "save_every", "keep_last", "validate_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
-        for name in ("micro_batch", "workers", "sample_every"):
+        for name in ("micro_batch", "workers", "sample_every", "validation_samples"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more")
         if self.micro_batch and self.batch_size % self.micro_batch:
@@ -87,6 +89,7 @@ class Task(Protocol):
     facts: Mapping[str, Any]  # JSON; what may not change when a run is resumed: shapes, data, objective
 
     def batch(self, draws: list[Draw]) -> dict[str, Tensor]: ...  # on the CPU; may run in another thread
+    def validate(self, indices: Sequence[int]) -> Mapping[str, float]: ...  # always with the same noise
     def preview(self) -> Image.Image: ...  # with the weights that the module holds now
     def export(self, folder: Path) -> None: ...
 
@@ -142,7 +145,14 @@ def fit(task: Task, config: FitConfig) -> Outcome:
         log_with=config.tracker,
         project_dir=config.output,
     )
-    plan = Plan(task.length, config.batch_size, config.seed, accelerator.num_processes, config.micro_batch)
+    plan = Plan(
+        task.length,
+        config.batch_size,
+        config.seed,
+        accelerator.num_processes,
+        config.micro_batch,
+        config.validation_samples,
+    )
     with (
         open_run(Path(config.output), config, accelerator) as record,
         StopRequest(accelerator, config.max_minutes) as stop,
@@ -155,6 +165,8 @@ def fit(task: Task, config: FitConfig) -> Outcome:
                     train_step(state, wrapped, batches, plan, config, accelerator, record)
                 if due(state.step, config.save_every, config.steps):
                     save(state, task, config, record, accelerator)
+                if config.validation_samples and due(state.step, config.validate_every, config.steps):
+                    validate(task, state, plan, record, accelerator)
                 if due(state.step, config.sample_every, config.steps):
                     preview(task, state, record, accelerator)
         if record.saved_step != state.step:
@@ -275,7 +287,8 @@ def choose_precision(precision: str) -> str:
 
 def facts(task: Task, config: FitConfig) -> dict[str, Any]:
     """What a resumed run must share with the run it goes on from."""
-    return {"batch_size": config.batch_size, "seed": config.seed, "samples": task.length, **task.facts}
+    samples = task.length - config.validation_samples
+    return {"batch_size": config.batch_size, "seed": config.seed, "samples": samples, **task.facts}
 
 
 def resume(state: State, task: Task, config: FitConfig, record: Record, accelerator: Accelerator) -> None:
@@ -354,6 +367,18 @@ def save(
             saved.zero_()
     if accelerator.reduce(saved, "mean").item() == 1:  # all ranks know: a stop may try again
         record.saved_step = state.step
+
+
+def validate(task: Task, state: State, plan: Plan, record: Record, accelerator: Accelerator) -> None:
+    """What the averaged weights make of the samples that are in no batch."""
+    if accelerator.is_main_process:
+        with state.ema.applied(), torch.no_grad():
+            state.module.eval()
+            values = task.validate(spread(plan.length, plan.held_out))
+            state.module.train()
+        record.flush()
+        record.validation(state.step, values)
+    accelerator.wait_for_everyone()
 
 
 def preview(task: Task, state: State, record: Record, accelerator: Accelerator) -> None:

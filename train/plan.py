@@ -7,13 +7,14 @@ of samples does not depend on how many processes share the work.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ldm.noise import generator
+from ldm.noise import generator, key
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,23 @@ class Draw:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sample order of a run over `length` samples."""
+    """Sample order of a run over `length` samples, less those that are held out for validation."""
 
-    length: int
+    length: int  # of the source
     batch_size: int  # samples an optimizer step, over all ranks
     seed: int
     ranks: int = 1
     micro_batch: int = 0  # samples a rank computes at a time; 0: its whole share
+    held_out: int = 0  # samples, evenly spread, that are in no batch
     micro_batches: int = field(init=False, default=1)  # micro-batches a rank adds up in one optimizer step
 
     def __post_init__(self) -> None:
         if self.length < 1:
             raise ValueError("the data holds no sample: nothing to train on")
+        if self.held_out >= self.length:
+            raise ValueError(
+                f"validation_samples={self.held_out} of {self.length} samples leave none to train on"
+            )
         share, rest = divmod(self.batch_size, self.ranks)
         if rest or share < 1:
             raise ValueError(
@@ -69,8 +75,9 @@ class Plan:
 
     def index(self, number: int) -> int:
         """Source index of the sample that comes at place `number` of the whole run."""
-        epoch, place = divmod(number, self.length)
-        return int(permutation(self.length, self.seed, epoch)[place])
+        epoch, place = divmod(number, self.length - self.held_out)
+        index = permutation(self.length - self.held_out, self.seed, epoch)[place]
+        return int(trained(self.length, self.held_out)[index] if self.held_out else index)
 
     def micro(self, step: int, micro: int, rank: int) -> list[Draw]:
         """The slice of the global batch that `rank` computes as its micro-batch number `micro`."""
@@ -83,6 +90,27 @@ class Plan:
 def permutation(length: int, seed: int, epoch: int) -> Tensor:
     """The order of `length` samples in one epoch: (length,) int64."""
     return torch.randperm(length, generator=generator("order", seed, epoch))
+
+
+@lru_cache(maxsize=1)
+def trained(length: int, held_out: int) -> Tensor:
+    """Source indices, growing, without the `held_out` that `spread` picks: (length - held_out,) int64."""
+    keep = torch.ones(length, dtype=torch.bool)
+    keep[spread(length, held_out)] = False
+    return keep.nonzero()[:, 0]
+
+
+def spread(length: int, count: int) -> list[int]:
+    """`count` indices, or all, evenly spread and always the same: what previews and measurements look at."""
+    count = min(length, count)
+    return [(i * length + key("spread", i) % length) // count % length for i in range(count)]
+
+
+def fixed_draws(indices: Sequence[int], size: int = 32) -> Iterator[list[Draw]]:
+    """Samples of a validation in lists of at most `size`: for each the same noise, whatever the seed."""
+    for first in range(0, len(indices), size):
+        part = range(first, min(first + size, len(indices)))
+        yield [Draw(indices[place], 0, place, len(indices), 0) for place in part]
 
 
 def normal(draws: list[Draw], shape: tuple[int, ...], purpose: str) -> Tensor:

@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,7 @@ class Record:
         speed = len(lines) * self.config.batch_size / max(now - self.written, 1e-9)
         lines[-1]["samples_per_second"] = round(speed, 2)
         if self.accelerator.is_main_process:
-            try:
-                with self.metrics.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(finite(line)) + "\n" for line in lines)
-            except OSError as error:  # a full disk: training is worth more than its log
-                log.warning("%s misses lines up to step %s: %s", self.metrics, lines[-1]["step"], error)
+            self.append(lines)
             self.show(int(lines[-1]["step"]), names, table.mean(0).tolist(), speed)
             self.track(lines[-1])
         self.waiting, self.written = [], now
@@ -109,6 +105,22 @@ class Record:
         done = max(1, step - self.first)
         left = (time.monotonic() - self.began) / done * (self.config.steps - step)
         self.say(f"step {step}/{self.config.steps} {text} {speed:.1f} samples/s, {minutes(left)} left")
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """A line of metrics.jsonl of its own, with "validation/" before every name."""
+        line = {"step": step, **{f"validation/{name}": value for name, value in values.items()}}
+        self.append([line])
+        text = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.say(f"validation after step {step}: {text}")
+        self.track(line)
+
+    def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Lines to metrics.jsonl. A full disk does not end the run: training is worth more than its log."""
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(finite(line)) + "\n" for line in lines)
+        except OSError as error:
+            log.warning("%s misses lines up to step %s: %s", self.metrics, lines[-1]["step"], error)
 
     def track(self, line: Mapping[str, Any]) -> None:
         """Hand the newest line to the tracker; one that fails is left out from then on."""
