@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from autoencoder.loss import ReconstructionConfig
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.checkpoint import load_model, save_model
-from ldm.unet import UNetConfig
+from ldm.pipeline import LatentDiffusionPipeline
+from ldm.unet import UNet, UNetConfig
 from tests.tiny import CAPTIONS
 from train import record
 from train.autoencoding import AutoencoderRecipe, Autoencoding
@@ -32,6 +33,8 @@ from train.latents import CacheKey, Latents, compute_latents
 from train.loop import FitConfig, fit
 from train.optim import OptimConfig
 from train.plan import Draw, Plan, normal
+from train.rebuild_ema import find_snapshots
+from train.rebuild_ema import main as rebuild_ema
 from train.text import TextConfig
 
 ROOT = Path(__file__).parent.parent
@@ -431,6 +434,29 @@ def test_validation_of_a_diffusion_model(tmp_path, autoencoder):
     fit(task, recipe)
     with torch.no_grad():
         assert task.validate([1, 5, 7])["loss"] < before["loss"]
+
+
+def test_the_width_of_the_average_is_chosen_afterwards(tmp_path, autoencoder):
+    """A width that was tracked comes back from its last snapshot; another lies elsewhere."""
+    run = tmp_path / "run"
+    recipe = diffusion_recipe(run, ema_widths=(0.05, 0.1), snapshot_every=5, export_dtype="float16")
+    train_diffusion(recipe, autoencoder, stop_after=7)
+    train_diffusion(recipe, autoencoder)
+    tracked = load_checkpoint(run / "checkpoints/step-00000020").tensors["ema-0.1"]
+    assert len(find_snapshots(run)) == 8
+    for width in (0.1, 0.07):
+        assert rebuild_ema(["--run", str(run), "--width", str(width), "--output", str(run / f"{width}")]) == 0
+    same, other = (load_model(UNet, run / f"{width}/unet").state_dict() for width in (0.1, 0.07))
+    for name, value in same.items():
+        torch.testing.assert_close(value, tracked[f"unet.{name}"], atol=1e-3, rtol=1e-3)
+    assert any(not torch.equal(value, other[name]) for name, value in same.items())
+    assert not torch.equal(same["conv_in.weight"], load_model(UNet, run / "model/unet").conv_in.weight)
+    pipe = LatentDiffusionPipeline.from_pretrained(run / "0.07")
+    assert pipe("a red fox", num_inference_steps=1, height=16, width=16).images[0].size == (16, 16)
+    with pytest.raises(ValueError, match=r"exists: choose another"):
+        rebuild_ema(["--run", str(run), "--width", "0.1", "--output", str(run / "model")])
+    with pytest.raises(ValueError, match=r"holds no snapshot: train with --ema-widths"):
+        rebuild_ema(["--run", str(tmp_path), "--width", "0.1", "--output", str(tmp_path / "new")])
 
 
 def test_validation_of_an_autoencoder(tmp_path):

@@ -18,14 +18,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ldm.config import replacing
 from ldm.noise import key
 from ldm.pipeline import default_dtype
 from train.checkpoint import Checkpoint, clean, find_checkpoint, save_checkpoint
 from train.command import RunFailed
 from train.config import to_mapping
-from train.ema import EMA
+from train.ema import EMA, classic, exponent, power
 from train.optim import OptimConfig, build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from train.plan import Draw, Plan, spread
 from train.readahead import ReadAhead
@@ -47,6 +49,8 @@ class FitConfig:
     seed: int = 0  # of sample order, noise, timesteps, caption choice and initial weights
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema_decay: float = 0.999  # a step, reached slowly; 0: export the last weights
+    ema_widths: tuple[float, ...] = ()  # of averages for train/rebuild_ema.py, as [0.05, 0.1]
+    snapshot_every: int = 500  # optimizer steps between snapshots of those averages
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto: bf16 where it is native
     channels_last: bool = True  # memory layout of the convolutions
     workers: int | None = None  # threads that read ahead; 0: read in the loop; null: 0 on the CPU, else 1
@@ -61,7 +65,15 @@ class FitConfig:
     tracker: str | None = None  # beside metrics.jsonl: tensorboard, wandb or another that accelerate knows
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "keep_last", "validate_every", "log_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "save_every",
+            "keep_last",
+            "validate_every",
+            "snapshot_every",
+            "log_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
         for name in ("micro_batch", "workers", "sample_every", "validation_samples"):
@@ -73,8 +85,9 @@ class FitConfig:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}: lower it"
             )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}: expected 0 or a number below 1, as 0.999")
+        classic(self.ema_decay)
+        for width in self.ema_widths:
+            exponent(width)
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes={self.max_minutes}: expected more than 0")
         if not self.output:
@@ -114,6 +127,7 @@ class State:
     module: nn.Module
     optimizer: torch.optim.AdamW
     ema: EMA
+    powers: dict[str, EMA] = field(default_factory=dict)  # by the name of their file
     step: int = 0  # batches seen
     updates: int = 0  # optimizer steps made; fewer than `step` where gradients were not finite
     bad: int = 0  # non-finite gradients in a row
@@ -123,11 +137,14 @@ class State:
             "model": self.module.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.module),
+            **{name: ema.state_dict() for name, ema in self.powers.items()},
         }
 
     def load(self, checkpoint: Checkpoint) -> None:
         self.module.load_state_dict(checkpoint.tensors["model"])
         self.ema.load_state_dict(checkpoint.tensors["ema"])
+        for name, ema in self.powers.items():
+            ema.load_state_dict(checkpoint.tensors[name])
         load_optimizer_tensors(self.optimizer, self.module, checkpoint.tensors["optimizer"])
         self.step, self.updates = checkpoint.step, checkpoint.state["updates"]
         self.bad = checkpoint.state["bad"]
@@ -165,6 +182,8 @@ def fit(task: Task, config: FitConfig) -> Outcome:
                     train_step(state, wrapped, batches, plan, config, accelerator, record)
                 if due(state.step, config.save_every, config.steps):
                     save(state, task, config, record, accelerator)
+                if config.ema_widths and due(state.step, config.snapshot_every, config.steps):
+                    snapshot(state, record, accelerator)
                 if config.validation_samples and due(state.step, config.validate_every, config.steps):
                     validate(task, state, plan, record, accelerator)
                 if due(state.step, config.sample_every, config.steps):
@@ -190,7 +209,9 @@ def prepare(task: Task, config: FitConfig, accelerator: Accelerator) -> tuple[St
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     module.train()
     wrapped = accelerator.prepare_model(module)
-    return State(module, build_optimizer(module, config.optim), EMA(module, config.ema_decay)), wrapped
+    ema = EMA(module, classic(config.ema_decay))
+    powers = {f"ema-{width:g}": EMA(module, power(width)) for width in config.ema_widths}
+    return State(module, build_optimizer(module, config.optim), ema, powers), wrapped
 
 
 def train_step(
@@ -223,7 +244,8 @@ def train_step(
     finite = bool(torch.isfinite(norm))  # the one wait for the device in a step
     if finite:
         state.optimizer.step()
-        state.ema.update(state.updates)
+        for ema in (state.ema, *state.powers.values()):
+            ema.update(state.updates)
         state.updates += 1
     state.optimizer.zero_grad(set_to_none=True)
     state.bad = 0 if finite else state.bad + 1
@@ -288,7 +310,13 @@ def choose_precision(precision: str) -> str:
 def facts(task: Task, config: FitConfig) -> dict[str, Any]:
     """What a resumed run must share with the run it goes on from."""
     samples = task.length - config.validation_samples
-    return {"batch_size": config.batch_size, "seed": config.seed, "samples": samples, **task.facts}
+    return {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "samples": samples,
+        "ema_widths": list(config.ema_widths),
+        **task.facts,
+    }
 
 
 def resume(state: State, task: Task, config: FitConfig, record: Record, accelerator: Accelerator) -> None:
@@ -367,6 +395,19 @@ def save(
             saved.zero_()
     if accelerator.reduce(saved, "mean").item() == 1:  # all ranks know: a stop may try again
         record.saved_step = state.step
+
+
+def snapshot(state: State, record: Record, accelerator: Accelerator) -> None:
+    """The power-function averages as they are now, for `rebuild_ema.py`, in float16: half a checkpoint."""
+    if accelerator.is_main_process:
+        try:
+            for name, ema in state.powers.items():
+                with replacing(record.snapshots / f"step-{state.step:08d}-{name}.safetensors") as path:
+                    half = {key: value.half().cpu().contiguous() for key, value in ema.average.items()}
+                    save_file(half, path, metadata={"updates": str(state.updates), "width": name[4:]})
+        except OSError as error:
+            log.warning("no snapshot at step %d, training goes on: %s", state.step, error)
+    accelerator.wait_for_everyone()
 
 
 def validate(task: Task, state: State, plan: Plan, record: Record, accelerator: Accelerator) -> None:

@@ -32,6 +32,7 @@ class Record:
         self.folder, self.config, self.accelerator = folder, config, accelerator
         self.checkpoints, self.model = folder / "checkpoints", folder / "model"
         self.metrics, self.samples = folder / "metrics.jsonl", folder / "samples"
+        self.snapshots = folder / "snapshots"
         self.waiting: list[tuple[int, dict[str, Tensor], float, int]] = []  # steps not yet written
         self.saved_step = -1
         self.last_good: Path | None = None  # checkpoint
