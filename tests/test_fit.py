@@ -30,11 +30,12 @@ from train.command import RunFailed
 from train.data import DataConfig
 from train.diffusion import DiffusionRecipe, LatentDiffusion, ObjectiveConfig
 from train.latents import CacheKey, Latents, compute_latents
-from train.loop import FitConfig, fit
+from train.loop import fit
 from train.optim import OptimConfig
 from train.plan import Draw, Plan, normal
 from train.rebuild_ema import find_snapshots
 from train.rebuild_ema import main as rebuild_ema
+from train.state import FitConfig
 from train.text import TextConfig
 
 ROOT = Path(__file__).parent.parent

@@ -21,8 +21,8 @@ from ldm.checkpoint import empty_model, load_model, save_model
 from train.config import to_mapping
 from train.data import DataConfig, Source, fit_square, grid, open_source, to_images, to_tensor
 from train.latents import autoencoder_folder
-from train.loop import FitConfig
 from train.plan import Draw, fixed_draws, normal, spread, uniform
+from train.state import FitConfig
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from ldm.checkpoint import load_model, save_model
 from text_encoder.clip import CLIPTextEncoder
 from train.data import DataConfig, grid, to_images
 from train.latents import Latents
-from train.loop import FitConfig
 from train.plan import Draw, fixed_draws, spread
+from train.state import FitConfig
 from train.text import TextConfig, build_text_encoder, text_facts
 
 

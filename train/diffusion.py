@@ -23,8 +23,8 @@ from text_encoder.clip import CLIPTextEncoder
 from train.config import to_mapping
 from train.data import DataConfig, grid
 from train.latents import Latents
-from train.loop import FitConfig
 from train.plan import Draw, fixed_draws, normal, spread
+from train.state import FitConfig
 from train.text import TextConfig, build_text_encoder, text_facts
 
 LEVELS = 8  # timesteps of a validation

@@ -8,146 +8,33 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.config import replacing
 from ldm.noise import key
 from ldm.pipeline import default_dtype
-from train.checkpoint import Checkpoint, clean, find_checkpoint, save_checkpoint
+from train.checkpoint import clean, find_checkpoint, save_checkpoint
 from train.command import RunFailed
 from train.config import to_mapping
-from train.ema import EMA, classic, exponent, power
-from train.optim import OptimConfig, build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from train.plan import Draw, Plan, spread
+from train.ema import EMA, classic, power
+from train.optim import build_optimizer, learning_rate
+from train.plan import Plan, spread
 from train.readahead import ReadAhead
 from train.record import Record, open_run
-from train.stop import EXIT_RESUMABLE, StopRequest
+from train.state import FitConfig, Outcome, State, Task
+from train.stop import StopRequest
 
 log = logging.getLogger(__name__)
 MAX_BAD_STEPS = 10  # non-finite gradients in a row before the run gives up
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitConfig:
-    """The run: how long, how large the batch, where to and how often it writes."""
-
-    output: str  # folder of the run: checkpoints, metrics.jsonl, samples, the exported model
-    steps: int  # optimizer steps
-    batch_size: int  # samples an optimizer step, over all ranks
-    micro_batch: int = 0  # samples a rank computes at a time; 0: its whole share of the batch
-    seed: int = 0  # of sample order, noise, timesteps, caption choice and initial weights
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    ema_decay: float = 0.999  # a step, reached slowly; 0: export the last weights
-    ema_widths: tuple[float, ...] = ()  # of averages for train/rebuild_ema.py, as [0.05, 0.1]
-    snapshot_every: int = 500  # optimizer steps between snapshots of those averages
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto: bf16 where it is native
-    channels_last: bool = True  # memory layout of the convolutions
-    workers: int | None = None  # threads that read ahead; 0: read in the loop; null: 0 on the CPU, else 1
-    resume: str = "auto"  # auto: the newest intact checkpoint; none: only if there is none; or a path
-    max_minutes: float | None = None  # of the process; then save and exit 75
-    save_every: int = 500  # optimizer steps between checkpoints
-    keep_last: int = 2  # checkpoints kept
-    sample_every: int = 500  # optimizer steps between pictures; 0: none
-    validation_samples: int = 0  # held out of training; the loss on them says whether it learns by heart
-    validate_every: int = 500  # optimizer steps between validations, by the averaged weights
-    log_every: int = 20  # optimizer steps between lines of progress
-    tracker: str | None = None  # beside metrics.jsonl: tensorboard, wandb or another that accelerate knows
-
-    def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "save_every",
-            "keep_last",
-            "validate_every",
-            "snapshot_every",
-            "log_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
-        for name in ("micro_batch", "workers", "sample_every", "validation_samples"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more")
-        if self.micro_batch and self.batch_size % self.micro_batch:
-            raise ValueError(f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}")
-        if self.optim.warmup_steps > self.steps:
-            raise ValueError(
-                f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}: lower it"
-            )
-        classic(self.ema_decay)
-        for width in self.ema_widths:
-            exponent(width)
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ValueError(f"max_minutes={self.max_minutes}: expected more than 0")
-        if not self.output:
-            raise ValueError("output is empty: name the folder of the run")
-
-
-class Task(Protocol):
-    """What is trained. `module(**batch)` returns the loss (B,) and further named values (B,) to log."""
-
-    module: nn.Module
-    length: int  # samples in an epoch
-    facts: Mapping[str, Any]  # JSON; what may not change when a run is resumed: shapes, data, objective
-
-    def batch(self, draws: list[Draw]) -> dict[str, Tensor]: ...  # on the CPU; may run in another thread
-    def validate(self, indices: Sequence[int]) -> Mapping[str, float]: ...  # always with the same noise
-    def preview(self) -> Image.Image: ...  # with the weights that the module holds now
-    def export(self, folder: Path) -> None: ...
-
-
-class Outcome(NamedTuple):
-    """How a run ended."""
-
-    step: int
-    finished: bool
-    reason: str  # why it stopped early
-    model: Path  # the exported folder, when finished
-
-    @property
-    def exit_code(self) -> int:
-        return 0 if self.finished else EXIT_RESUMABLE
-
-
-@dataclass
-class State:
-    """All that changes during a run."""
-
-    module: nn.Module
-    optimizer: torch.optim.AdamW
-    ema: EMA
-    powers: dict[str, EMA] = field(default_factory=dict)  # by the name of their file
-    step: int = 0  # batches seen
-    updates: int = 0  # optimizer steps made; fewer than `step` where gradients were not finite
-    bad: int = 0  # non-finite gradients in a row
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {
-            "model": self.module.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer, self.module),
-            **{name: ema.state_dict() for name, ema in self.powers.items()},
-        }
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        self.module.load_state_dict(checkpoint.tensors["model"])
-        self.ema.load_state_dict(checkpoint.tensors["ema"])
-        for name, ema in self.powers.items():
-            ema.load_state_dict(checkpoint.tensors[name])
-        load_optimizer_tensors(self.optimizer, self.module, checkpoint.tensors["optimizer"])
-        self.step, self.updates = checkpoint.step, checkpoint.state["updates"]
-        self.bad = checkpoint.state["bad"]
 
 
 def fit(task: Task, config: FitConfig) -> Outcome:

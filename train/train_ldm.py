@@ -28,7 +28,8 @@ from train.config import parse, read_recipe
 from train.contrastive import Contrastive, ContrastiveRecipe
 from train.diffusion import DiffusionRecipe, LatentDiffusion
 from train.latents import Latents, autoencoder_folder, compute_latents
-from train.loop import Outcome, fit
+from train.loop import fit
+from train.state import Outcome
 from train.text import build_text_encoder
 
 DEFAULT = "configs/shapes.yaml"
