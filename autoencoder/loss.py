@@ -18,9 +18,7 @@ class ReconstructionConfig:
     mse: float = 1.0  # of difference**2; without it the picture is a median: sharp but greyish
     gradient: float = 1.0  # of |difference of the image gradients|: edges
     kl: float = 1e-6  # of the KL in nats, both summed over an image, as Rombach et al. 2022 weigh it
-    half_size: float = (
-        0.0  # of all pixel terms once more, where latents and image are both at half their size
-    )
+    half_size: float = 0.0  # of the pixel terms once more, with latents and image at half their size
 
     def __post_init__(self) -> None:
         for name in ("l1", "mse", "gradient", "kl", "half_size"):

@@ -246,23 +246,27 @@ def test_latent_channels_that_hold_nothing_are_told(tmp_path, caplog):
         replace(recipe, model=eighth, data=DataConfig(size=24), loss=ReconstructionConfig(half_size=0.25))
 
 
-def test_a_decoder_goes_on_learning_and_latents_stay_valid(tmp_path, autoencoder):
-    """With train_encoder=false the encoder and the latent scale stay as they were, bit for bit."""
-    data, cache = DataConfig(size=16, length=4), tmp_path / "latents"
-    before = load_model(AutoencoderKL, autoencoder)
-    compute_latents(data, autoencoder, cache)
-    recipe = AutoencoderRecipe(
-        output=str(tmp_path / "run"),
-        steps=5,
+def decoder_recipe(output: Path, start: Path, steps: int, data: DataConfig) -> AutoencoderRecipe:
+    return AutoencoderRecipe(
+        output=str(output),
+        steps=steps,
         batch_size=2,
         model=VAE,
         data=data,
         optim=OPTIM,
         sample_every=0,
         measured=2,
-        start=str(autoencoder),
+        start=str(start),
         train_encoder=False,
     )
+
+
+def test_a_decoder_goes_on_learning_and_latents_stay_valid(tmp_path, autoencoder):
+    """With train_encoder=false the encoder and the latent scale stay as they were, bit for bit."""
+    data, cache = DataConfig(size=16, length=4), tmp_path / "latents"
+    before = load_model(AutoencoderKL, autoencoder)
+    compute_latents(data, autoencoder, cache)
+    recipe = decoder_recipe(tmp_path / "run", autoencoder, steps=5, data=data)
     outcome = fit(Autoencoding(recipe), recipe)
     after = load_model(AutoencoderKL, outcome.model)
     assert after.config == before.config
@@ -279,19 +283,7 @@ def test_a_decoder_goes_on_learning_and_latents_stay_valid(tmp_path, autoencoder
 
 
 def test_a_decoder_learns_to_draw_clean_pictures_from_noisy_latents(tmp_path, autoencoder):
-    data = DataConfig(size=16, length=2)
-    recipe = AutoencoderRecipe(
-        output=str(tmp_path / "run"),
-        steps=200,
-        batch_size=2,
-        model=VAE,
-        data=data,
-        optim=OPTIM,
-        sample_every=0,
-        measured=2,
-        start=str(autoencoder),
-        train_encoder=False,
-    )
+    recipe = decoder_recipe(tmp_path / "run", autoencoder, steps=200, data=DataConfig(size=16, length=2))
 
     def error(**options: Any) -> float:
         """Of pictures decoded from noisy latents, after training with these options."""
