@@ -81,6 +81,7 @@ def diffusion_loss(
     t: Tensor,
     weight: Weight = no_weight,
     perturbation: Tensor | None = None,
+    area_weight: Tensor | None = None,
 ) -> Tensor:
     """The weighted mean squared error of the prediction, a value a sample: (B,). Ho et al. 2020, eq. 14.
 
@@ -88,6 +89,8 @@ def diffusion_loss(
     context: (B, N, D), or what else the unet takes there.
     perturbation: (B, C, h, w), added to the noise that the unet sees, not to that it is asked for (Ning et
     al. 2023, "Input perturbation reduces exposure bias").
+    area_weight: (B, 1, h, w), what each place weighs in the mean over a sample. It moves no minimum, as the
+    best prediction is the best at every place; it says where a model that is not yet best errs least.
     Raises ValueError if kind is eps and the schedule ends at zero SNR.
     """
     schedule.require(kind)
@@ -96,4 +99,6 @@ def diffusion_loss(
     xt = level.alpha * x0 + level.sigma * seen
     target = {"eps": noise, "x0": x0, "v": level.alpha * noise - level.sigma * x0}[kind]
     error = F.mse_loss(unet(xt, t.to(x0.device), context).float(), target, reduction="none")
+    if area_weight is not None:
+        error = error * (area_weight / area_weight.mean((1, 2, 3), keepdim=True))
     return (weight(level, kind) * error).flatten(1).mean(1)

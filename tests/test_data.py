@@ -18,8 +18,9 @@ from train.data import (
     clean_captions,
     fit_square,
     grid,
+    opacity,
+    open_checked,
     open_source,
-    read_image,
     to_images,
     to_tensor,
     upright,
@@ -172,7 +173,21 @@ def test_every_mode_becomes_upright_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg").size == (10, 20)
+    with open_checked(tmp_path / "turned.jpg") as image:
+        assert upright(image).size == opacity(image).size == (10, 20)
+
+
+def test_the_alpha_channel_of_a_file_is_its_mask(tmp_path):
+    figure = Image.new("RGBA", (4, 2), "red")
+    figure.putpixel((3, 1), (255, 0, 0, 51))
+    figure.save(tmp_path / "a.png")
+    Image.new("L", (3, 5), 7).save(tmp_path / "b.png")
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("a figure")
+    source = folder_source(tmp_path)
+    assert source.mask(0).mode == "L"
+    assert list(source.mask(0).get_flattened_data()) == [255] * 7 + [51]
+    assert source.mask(1).getcolors() == [(15, 255)]
 
 
 def test_fit_square_crops_the_middle():

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -27,7 +28,7 @@ from train import record
 from train.autoencoding import AutoencoderRecipe, Autoencoding
 from train.checkpoint import load_checkpoint
 from train.command import RunFailed
-from train.data import DataConfig
+from train.data import DataConfig, open_source
 from train.diffusion import DiffusionRecipe, LatentDiffusion, ObjectiveConfig
 from train.latents import CacheKey, Latents, compute_latents
 from train.loop import fit
@@ -317,6 +318,33 @@ def test_latents_are_read_back_and_a_stale_cache_is_refused(tmp_path, autoencode
     shard.write_bytes(shard.read_bytes()[:50])
     with pytest.raises(ValueError, match="is damaged"):
         compute_latents(data, autoencoder, folder)
+
+
+def test_masks_join_a_cache_of_latents_and_weigh_the_loss(tmp_path, autoencoder):
+    data, folder = DataConfig(size=16, length=3), tmp_path / "latents"
+    assert compute_latents(data, autoencoder, folder).masks is None
+    with_masks = compute_latents(data, autoencoder, folder, masks=True)
+    assert with_masks.masks.shape == (3, 1, *with_masks.mean.shape[2:])
+    side = with_masks.masks.shape[-1]
+    for index in range(3):
+        mask = np.asarray(open_source(data).mask(index), np.float64)
+        cells = mask.reshape(side, 16 // side, side, 16 // side).mean((1, 3))
+        np.testing.assert_allclose(with_masks.masks[index, 0], cells, atol=1.01)
+    recipe = diffusion_recipe(tmp_path / "run", objective=ObjectiveConfig(mask_weight=5.0))
+    draws = Plan(3, 3, 0).batch(0)
+    task = LatentDiffusion(recipe, autoencoder, with_masks)
+    batch = task.batch(draws)
+    torch.testing.assert_close(batch["area_weight"], 1 + 4 * with_masks.mask(draws))
+    weighed, plain = task.module(**batch)[0], task.module(**{**batch, "area_weight": None})[0]
+    assert not torch.allclose(weighed, plain)
+    with pytest.raises(ValueError, match="read without their masks"):
+        LatentDiffusion(recipe, autoencoder, latents()).batch(draws)
+    with pytest.raises(ValueError, match=r"objective\.mask_weight=0\.5: expected 1 to 1000"):
+        ObjectiveConfig(mask_weight=0.5)
+    path = folder / "masks-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"masks-00000\.safetensors is damaged"):
+        compute_latents(data, autoencoder, folder, masks=True)
 
 
 def test_a_frozen_text_encoder_is_not_trained_and_not_saved(tmp_path, autoencoder, tiny_pipeline):

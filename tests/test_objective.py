@@ -1,5 +1,6 @@
 """The loss is the paper's for the three kinds of prediction, its weights finite, its timesteps even."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,6 +111,19 @@ def test_a_perturbation_is_seen_and_not_asked_for():
 
     args = (SCHEDULE, x0, context, "eps", noise, T_OF_BATCH)
     assert diffusion_loss(unet, *args, perturbation=perturbation).tolist() == [0, 0, 0]
+
+
+def test_an_area_weight_makes_a_weighted_mean():
+    x0, context, noise = batch()
+    area_weight = 1 + 9 * torch.rand(len(x0), 1, *x0.shape[2:])
+    area_weight[0] = 7.0
+    args = (lambda xt, t, context: 0.3 * xt, SCHEDULE, x0, context, "eps", noise, T_OF_BATCH)
+    level = SCHEDULE.at(T_OF_BATCH, like=x0)
+    error = (0.3 * (level.alpha * x0 + level.sigma * noise) - noise) ** 2
+    means = [np.average(e.mean(0), weights=w[0]) for e, w in zip(error, area_weight, strict=True)]
+    weighed = diffusion_loss(*args, area_weight=area_weight)
+    assert weighed.tolist() == pytest.approx(means, rel=1e-6)
+    assert weighed[0].item() == pytest.approx(diffusion_loss(*args)[0].item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 1000, 1700])

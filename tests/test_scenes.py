@@ -24,6 +24,7 @@ from train.scenes import (
     combinations,
     describe,
     draw,
+    draw_mask,
     held_out,
     layout,
     main,
@@ -227,6 +228,19 @@ def test_captions_vary_and_say_what_the_demo_says():
     assert len(texts) > 40
     assert {"a red fox in snow", "a red fox in the snow", "snow all around, and in it a fox, red"} <= texts
     assert captions(scene, 3) == captions(scene, 5)[:3]
+
+
+@pytest.mark.parametrize("place", ["night", "snow", "water"])
+def test_a_mask_is_where_the_figures_are(place):
+    """Two scenes that differ in the figure alone differ in its mask, and in the soft edge around it."""
+    scene = Scene(0, 3, "circle", "red", "small", 2, place)
+    blue = replace(scene, colour="blue")
+    mask = np.asarray(draw_mask(scene, 48), np.int64)
+    differ = np.abs(np.asarray(draw(scene, 48), np.int64) - np.asarray(draw(blue, 48))).max(-1)
+    assert (differ[mask == 0] == 0).all()
+    assert (differ[mask == 255] > 0).mean() > 0.9  # flakes of snow lie before figures
+    assert 0.05 < (mask == 255).mean() < 0.25
+    np.testing.assert_array_equal(mask, np.asarray(draw_mask(blue, 48)))
 
 
 # ---- sources and the sheet

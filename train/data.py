@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -34,6 +34,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]: ...
+    def mask(self, index: int) -> Image.Image:
+        """What the picture is about, 255, and what is around it, 0: greys (L) of the picture's size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,9 @@ class Scenes:
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
         return self.scenes[index]
 
+    def mask(self, index: int) -> Image.Image:
+        return self.scenes.mask(index)
+
 
 class ImageFolder:
     """Pictures in a folder with captions in metadata.jsonl, metadata.csv, or a .txt beside each picture.
@@ -144,8 +149,16 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
         name, captions = self.entries[index]
+        return self.read(name, upright), captions
+
+    def mask(self, index: int) -> Image.Image:
+        return self.read(self.entries[index][0], opacity)
+
+    def read(self, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+        """What `convert` makes of a file. Raises ValueError if the file cannot be decoded."""
         try:
-            return read_image(self.folder / name), captions
+            with open_checked(self.folder / name) as image:
+                return convert(image)
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for files cut in the middle
             raise ValueError(
                 f"{self.folder / name} cannot be decoded: {error}; delete it or its caption"
@@ -192,16 +205,25 @@ class HubDataset:
         return len(self.table)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
+        image, row = self.read(index, upright)
+        return image, clean_captions(row[self.config.caption_column]) or [""]  # no text: the empty prompt
+
+    def mask(self, index: int) -> Image.Image:
+        return self.read(index, opacity)[0]
+
+    def read(
+        self, index: int, convert: Callable[[Image.Image], Image.Image]
+    ) -> tuple[Image.Image, Mapping[str, Any]]:
+        """What `convert` makes of a row's picture, and the row. Raises ValueError if it has no picture."""
         try:
             row = self.table[index]
             if row[self.config.image_column] is None:
                 raise ValueError("it is null")
-            image = upright(row[self.config.image_column])
+            return convert(row[self.config.image_column]), row
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(
                 f"the picture in row {index} of {self.config.source} cannot be decoded: {error}; leave it out"
             ) from error
-        return image, clean_captions(row[self.config.caption_column]) or [""]  # no text: the empty prompt
 
 
 def read_captions(folder: Path, column: str) -> dict[str, list[str]]:
@@ -314,12 +336,6 @@ def open_checked(path: Path) -> Image.Image:
     return image
 
 
-def read_image(path: Path) -> Image.Image:
-    """The picture in a file as upright RGB. Raises ValueError or OSError if it cannot be decoded."""
-    with open_checked(path) as image:
-        return upright(image)
-
-
 def upright(image: Image.Image) -> Image.Image:
     """RGB, turned as EXIF says, transparency laid on white, 16-bit greys scaled to 8."""
     image = ImageOps.exif_transpose(image)
@@ -330,6 +346,14 @@ def upright(image: Image.Image) -> Image.Image:
         ground = Image.new("RGBA", image.size, BACKGROUND)
         image = Image.alpha_composite(ground, image)
     return image.convert("RGB")
+
+
+def opacity(image: Image.Image) -> Image.Image:
+    """The alpha channel as greys (L), turned as EXIF says; 255 everywhere in a picture without one."""
+    image = ImageOps.exif_transpose(image)
+    if not image.has_transparency_data:
+        return Image.new("L", image.size, 255)
+    return image.convert("RGBA").getchannel("A")
 
 
 def fit_square(image: Image.Image, size: int) -> Image.Image:

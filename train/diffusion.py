@@ -40,6 +40,7 @@ class ObjectiveConfig:
     timestep_shift: float = 1.0  # of the timesteps drawn; below 1: less noise, which small latents want
     caption_dropout: float = 0.1  # of the samples get the empty prompt, which guidance needs
     offset_noise: float = 0.0  # deviation of noise that is the same all over a channel; zero SNR does better
+    mask_weight: float = 1.0  # of an error within a figure or an opaque pixel; around them it weighs 1
     input_perturbation: float = 0.0  # of more noise that the UNet sees and is not asked for; 0.1 in the paper
 
     def __post_init__(self) -> None:
@@ -56,6 +57,8 @@ class ObjectiveConfig:
         for name in ("offset_noise", "input_perturbation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"objective.{name}={getattr(self, name)}: expected 0, or up to 1")
+        if not 1 <= self.mask_weight <= 1000:
+            raise ValueError(f"objective.mask_weight={self.mask_weight}: expected 1 to 1000; 1 is even")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(
                 f"objective.caption_dropout={self.caption_dropout}: a fraction lies between 0 and 1"
@@ -145,6 +148,8 @@ class LatentDiffusion:
             batch["noise"] += objective.offset_noise * normal(draws, (shape[0], 1, 1), "offset noise")
         if objective.input_perturbation:
             batch["perturbation"] = objective.input_perturbation * normal(draws, shape, "perturbation")
+        if objective.mask_weight != 1:
+            batch["area_weight"] = 1 + (objective.mask_weight - 1) * self.latents.mask(draws)
         return batch
 
     def validate(self, indices: Sequence[int]) -> dict[str, float]:
@@ -224,12 +229,19 @@ class Diffusion(nn.Module):
             self.encode = frozen(text_encoder)
 
     def forward(
-        self, x0: Tensor, noise: Tensor, t: Tensor, tokens: Tensor, perturbation: Tensor | None = None
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        tokens: Tensor,
+        perturbation: Tensor | None = None,
+        area_weight: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss (B,). x0, noise, perturbation: (B, C, h, w); t: (B,) int64; tokens: (B, N) int64."""
+        """The loss (B,). x0, noise, perturbation: (B, C, h, w); area_weight: (B, 1, h, w); t: (B,) int64;
+        tokens: (B, N) int64."""
         context = self.encode(tokens)
         loss = diffusion_loss(
-            self.unet, self.schedule, x0, context, self.kind, noise, t, self.weight, perturbation
+            self.unet, self.schedule, x0, context, self.kind, noise, t, self.weight, perturbation, area_weight
         )
         return loss, {}
 

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import PartialState
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -46,12 +48,13 @@ class CacheKey:
 
 
 class Latents(NamedTuple):
-    """mean, std: (L, C, h, w) float16, unscaled. captions: L lists."""
+    """mean, std: (L, C, h, w) float16, unscaled. captions: L lists. masks: (L, 1, h, w) uint8, if wanted."""
 
     mean: Tensor
     std: Tensor
     captions: list[list[str]]
     key: CacheKey
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -61,6 +64,12 @@ class Latents(NamedTuple):
         index = [draw.index for draw in draws]
         mean, std = self.mean[index].float(), self.std[index].float()
         return mean + std * normal(draws, tuple(mean.shape[1:]), "posterior")
+
+    def mask(self, draws: list[Draw]) -> Tensor:
+        """The share of each latent cell that is of what the picture is about: (B, 1, h, w) float32."""
+        if self.masks is None:
+            raise ValueError("these latents were read without their masks")
+        return self.masks[[draw.index for draw in draws]].float() / 255
 
     def choose_captions(self, draws: list[Draw], dropout: float = 0.0) -> list[str]:
         """One of the captions of each sample, or, with probability `dropout`, the empty prompt."""
@@ -93,9 +102,10 @@ def encoder_sha256(vae: AutoencoderKL) -> str:
     )
 
 
-def compute_latents(data: DataConfig, autoencoder: Path, folder: Path) -> Latents:
+def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bool = False) -> Latents:
     """The latents of the data by this autoencoder, read from `folder`, where missing ones are computed first.
 
+    masks: with the share of each latent cell that is of what the picture is about, a file of its own a shard.
     Ranks share the shards. Raises ValueError, with both sides, if `folder` holds latents of something else.
     """
     state = PartialState(cpu=cpu_only())
@@ -122,8 +132,10 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path) -> Latent
         log.info("encoding %d pictures into %s", min(len(source), len(missing) * SHARD), folder)
     for number in missing[state.process_index :: state.num_processes]:
         write_shard(vae, source, data.size, number, folder, state.device)
+    if masks and state.is_main_process:
+        write_masks(source, data.size, key, folder)
     state.wait_for_everyone()
-    return read_latents(folder, key)
+    return read_latents(folder, key, masks)
 
 
 def check_key(folder: Path, key: CacheKey) -> None:
@@ -144,8 +156,12 @@ def shard_count(key: CacheKey) -> int:
     return -(-key.samples // SHARD)
 
 
-def shard_path(folder: Path, number: int) -> Path:
-    return folder / f"latents-{number:05d}.safetensors"
+def shard_path(folder: Path, number: int, kind: Literal["latents", "masks"] = "latents") -> Path:
+    return folder / f"{kind}-{number:05d}.safetensors"
+
+
+def shard_indices(samples: int, number: int) -> range:
+    return range(number * SHARD, min(samples, (number + 1) * SHARD))
 
 
 @torch.no_grad()
@@ -153,7 +169,7 @@ def write_shard(
     vae: AutoencoderKL, source: Source, size: int, number: int, folder: Path, device: torch.device
 ) -> None:
     """Encode pictures from number * SHARD on into one file, captions in its header, whole or not at all."""
-    indices = range(number * SHARD, min(len(source), (number + 1) * SHARD))
+    indices = shard_indices(len(source), number)
     parts: list[tuple[Tensor, Tensor]] = []
     captions: list[list[str]] = []
     progress = tqdm(
@@ -168,6 +184,22 @@ def write_shard(
     mean, std = (torch.cat(tensors).contiguous() for tensors in zip(*parts, strict=True))
     with replacing(shard_path(folder, number)) as path:
         save_file({"mean": mean, "std": std}, path, metadata={"captions": json.dumps(captions)})
+
+
+def write_masks(source: Source, size: int, key: CacheKey, folder: Path) -> None:
+    """The masks of every shard that has none yet, averaged over the pixels of each latent cell."""
+    missing = [n for n in range(shard_count(key)) if not shard_path(folder, n, "masks").exists()]
+    todo = sum(len(shard_indices(key.samples, number)) for number in missing)
+    _, height, width = key.shape
+    with tqdm(total=todo, unit="mask", disable=not sys.stderr.isatty(), desc="masks") as progress:
+        for number in missing:
+            cells = []
+            for index in shard_indices(key.samples, number):
+                mask = fit_square(source.mask(index), size).resize((width, height), Image.Resampling.BOX)
+                cells.append(torch.from_numpy(np.array(mask)))
+                progress.update()
+            with replacing(shard_path(folder, number, "masks")) as path:
+                save_file({"mask": torch.stack(cells)[:, None]}, path)
 
 
 def read_batches(source: Source, size: int, indices: range) -> Iterator[tuple[Tensor, list[list[str]]]]:
@@ -189,24 +221,44 @@ def read_batches(source: Source, size: int, indices: range) -> Iterator[tuple[Te
             yield batch
 
 
-def read_latents(folder: Path, key: CacheKey) -> Latents:
+def read_latents(folder: Path, key: CacheKey, masks: bool = False) -> Latents:
     """All shards as one. Raises ValueError naming a shard that is cut or of another shape."""
-    means, stds, captions = [], [], []
+    captions: list[list[str]] = []
+    tensors: dict[str, list[Tensor]] = {"mean": [], "std": []}
     for number in range(shard_count(key)):
-        path = shard_path(folder, number)
+        shard, metadata = read_shard(shard_path(folder, number), {"mean": key.shape, "std": key.shape})
         try:
-            tensors = load_file(path)
-            with safe_open(path, framework="pt") as file:
-                captions += json.loads(file.metadata()["captions"])
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged ({error!r}): delete it, it is computed again") from error
-        if tuple(tensors["mean"].shape[1:]) != key.shape:
-            raise ValueError(
-                f"{path} holds latents of shape {tuple(tensors['mean'].shape[1:])}, not {key.shape}"
-            )
-        means.append(tensors["mean"])
-        stds.append(tensors["std"])
-    latents = Latents(torch.cat(means), torch.cat(stds), captions, key)
-    if not len(latents) == len(latents.mean) == len(latents.std) == key.samples:
-        raise ValueError(f"{folder} holds {len(latents.mean)} latents, not {key.samples}: delete it")
-    return latents
+            captions += json.loads(metadata["captions"])
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise damaged(shard_path(folder, number), error) from error
+        for name, values in tensors.items():
+            values.append(shard[name])
+    mean, std = torch.cat(tensors["mean"]), torch.cat(tensors["std"])
+    if not len(captions) == len(mean) == len(std) == key.samples:
+        raise ValueError(f"{folder} holds {len(mean)} latents, not {key.samples}: delete it")
+    if not masks:
+        return Latents(mean, std, captions, key)
+    paths = [shard_path(folder, number, "masks") for number in range(shard_count(key))]
+    mask = torch.cat([read_shard(path, {"mask": (1, *key.shape[1:])})[0]["mask"] for path in paths])
+    if len(mask) != key.samples:
+        raise ValueError(f"{folder} holds {len(mask)} masks, not {key.samples}: delete masks-*.safetensors")
+    return Latents(mean, std, captions, key, mask)
+
+
+def read_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a file. Raises ValueError if it is cut, or a tensor's rows have another shape."""
+    try:
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        found = {name: tuple(tensors[name].shape[1:]) for name in shapes}
+    except (SafetensorError, OSError, KeyError) as error:
+        raise damaged(path, error) from error
+    for name, shape in shapes.items():
+        if found[name] != shape:
+            raise ValueError(f"{path} holds a {name} of shape {found[name]}, not {shape}")
+    return tensors, metadata
+
+
+def damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged ({error!r}): delete it, it is computed again")

@@ -227,19 +227,37 @@ def layout(scene: Scene, aspect: float, rng: np.random.Generator) -> list[Box]:
 def draw(scene: Scene, side: int, font: str | Path | None = None) -> Image.Image:
     """The picture: RGB, side x side. The same composition at every side."""
     rng = rng_of(scene.seed, scene.index, "picture")
-    figure = sprite(scene.subject, scene.colour, font)
-    boxes = layout(scene, figure.width / figure.height, rng)
+    figures = place(scene, side, font, rng)
     image = paint(scene.place, side, rng)
-    for box in boxes:
-        x, y = round(box.left * side), round(box.top * side)
-        right, bottom = round((box.left + box.width) * side), round((box.top + box.height) * side)
-        size = (max(1, right - x), max(1, bottom - y))
-        here = figure.resize(size, Image.Resampling.LANCZOS)  # Pillow averages RGBA premultiplied: no fringes
-        _halo(image, here, x, y, scene.place)
-        image.paste(here, (x, y), here)
+    for figure, x, y in figures:
+        _halo(image, figure, x, y, scene.place)
+        image.paste(figure, (x, y), figure)
     if scene.place == "snow":
         image.paste((255, 255, 255), mask=flakes(side, rng))
     return image
+
+
+def draw_mask(scene: Scene, side: int, font: str | Path | None = None) -> Image.Image:
+    """Where the figures of `draw`'s picture are: greys, side x side, 255 within a figure and 0 outside."""
+    mask = Image.new("L", (side, side))
+    for figure, x, y in place(scene, side, font, rng_of(scene.seed, scene.index, "picture")):
+        mask.paste(255, (x, y), figure.getchannel("A"))
+    return mask
+
+
+def place(
+    scene: Scene, side: int, font: str | Path | None, rng: np.random.Generator
+) -> list[tuple[Image.Image, int, int]]:
+    """Each figure as it stands in a picture of `side` pixels, with its left and top, the farthest first."""
+    figure = sprite(scene.subject, scene.colour, font)
+    placed = []
+    for box in layout(scene, figure.width / figure.height, rng):
+        x, y = round(box.left * side), round(box.top * side)
+        right, bottom = round((box.left + box.width) * side), round((box.top + box.height) * side)
+        size = (max(1, right - x), max(1, bottom - y))
+        # Pillow averages RGBA premultiplied: no fringes
+        placed.append((figure.resize(size, Image.Resampling.LANCZOS), x, y))
+    return placed
 
 
 def _halo(image: Image.Image, figure: Image.Image, x: int, y: int, place: str) -> None:
@@ -306,6 +324,10 @@ class SceneSource:
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
         scene = self.describe(index)
         return draw(scene, self.size, self.font), captions(scene)
+
+    def mask(self, index: int) -> Image.Image:
+        """Where the figures of picture `index` are."""
+        return draw_mask(self.describe(index), self.size, self.font)
 
 
 def sheet(path: str | Path, source: SceneSource, count: int = 40) -> None:

@@ -48,9 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return outcome.exit_code
         trained = str(outcome.model)
     autoencoder = autoencoder_folder(trained)
-    latents = compute_latents(
-        recipe.data, autoencoder, Path(recipe.latents or Path(recipe.output, "latents"))
-    )
+    folder = Path(recipe.latents or Path(recipe.output, "latents"))
+    latents = compute_latents(recipe.data, autoencoder, folder, masks=recipe.objective.mask_weight != 1)
     if is_recipe(recipe.text_encoder.path):
         outcome = train_text_encoder(recipe, autoencoder, latents)
         if not outcome.finished:
