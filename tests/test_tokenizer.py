@@ -330,3 +330,19 @@ def test_broken_folders_are_refused_by_file(tokenizer, tmp_path, file, content, 
             Tokenizer.from_folder(tmp_path)
     else:  # the other settings file, of more weight, is whole
         assert len(Tokenizer.from_folder(tmp_path)) == 576
+
+
+def test_a_full_disk_leaves_the_tokenizer_that_was_there(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write = Path.write_text
+
+    def full(path, text, **options):
+        if "merges" in path.name:
+            raise OSError(28, "No space left on device", str(path))
+        return write(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        Tokenizer.train(CAPTIONS, vocab_size=560).save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

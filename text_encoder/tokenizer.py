@@ -159,15 +159,14 @@ class Tokenizer:
         return tokenizer
 
     def save(self, folder: str | Path) -> None:
-        """Writes the files that CLIPTokenizer of transformers 4 and 5 reads, with the same ids."""
+        """Writes the files that CLIPTokenizer of transformers 4 and 5 reads, with the same ids.
+
+        All are written beside before the first takes its place: a full disk leaves what was there.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("tokenizer.json", "added_tokens.json"):  # another tokenizer's, which readers prefer
-            (folder / name).unlink(missing_ok=True)
         vocab = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
-        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
         lines = [VERSION, *(f"{left} {right}" for left, right in self.merges)]
-        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
         added = sorted(self._backend.get_added_tokens_decoder().items())
         settings = {
@@ -181,9 +180,23 @@ class Tokenizer:
                 str(i): {flag: getattr(token, flag) for flag in flags} for i, token in added
             },
         }
-        for name, content in (("tokenizer_config", settings), ("special_tokens_map", self.special)):
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (folder / f"{name}.json").write_text(text, encoding="utf-8")
+        files = {
+            "vocab.json": json.dumps(vocab, ensure_ascii=False),
+            "merges.txt": "\n".join(lines) + "\n",
+            "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
+            "special_tokens_map.json": json.dumps(self.special, indent=2, ensure_ascii=False) + "\n",
+        }
+        beside = {name: folder / f".{name}.tmp" for name in files}
+        try:
+            for name, text in files.items():
+                beside[name].write_text(text, encoding="utf-8")
+            for name in ("tokenizer.json", "added_tokens.json"):  # another tokenizer's, which readers prefer
+                (folder / name).unlink(missing_ok=True)
+            for name, temporary in beside.items():
+                temporary.replace(folder / name)
+        finally:
+            for temporary in beside.values():
+                temporary.unlink(missing_ok=True)
 
 
 def _byte_pairs(
