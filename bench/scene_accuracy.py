@@ -29,8 +29,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ldm.pipeline import LatentDiffusionPipeline
-from train.data import grid
 from train.painting import PLACES
+from train.pictures import grid
 from train.scenes import Scene, SceneSource
 from train.sprites import COLOURS
 

@@ -13,7 +13,7 @@ from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import save_model
 from tests.test_fit import OPTIM, TEXT, VAE
 from train.contrastive import Contrastive, ContrastiveRecipe
-from train.latents import CacheKey, Latents
+from train.latents import Bucket, CacheKey, Latents
 from train.loop import fit
 from train.plan import Draw
 from train.text import TextConfig, build_text_encoder
@@ -34,13 +34,14 @@ RECIPE = ContrastiveRecipe(
 def pairs() -> Latents:
     """Latents of 16 scenes, whose colour changes every value a lot and whose subject few values a little."""
     mean = torch.zeros(16, 4, 8, 8)
-    captions = []
+    captions = {}
     for k, (colour, subject) in enumerate(itertools.product(range(4), range(4))):
         mean[k, colour] = 2.0
         mean[k, :, subject * 2, subject * 2] += 1.0
-        captions.append([f"a {COLOURS[colour]} {SUBJECTS[subject]} in snow"])
-    mean = mean.half()
-    return Latents(mean, torch.full_like(mean, 0.02), captions, CacheKey("", "made up", 16, (4, 8, 8)))
+        captions[k] = [f"a {COLOURS[colour]} {SUBJECTS[subject]} in snow"]
+    mean = mean[:, None].half()
+    bucket = Bucket(list(range(16)), mean, torch.full_like(mean, 0.02))
+    return Latents([bucket], captions, CacheKey("", "made up", 4, 2, [[16, 16, 16]], 1))
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_it_learns_every_word_and_a_recipe_takes_the_result(task, tmp_path):
     outcome = fit(task, task.recipe)
     with torch.no_grad():
         _, parts = task.module(**task.batch(draws(16)))
-        assert task.validate(range(16))["found"] == parts["found"].mean()
+        assert task.validate([range(16)])["found"] == parts["found"].mean()
     assert parts["found"].mean() > 0.9  # a guess finds one in 16; who knows the colour alone, one in 4
     assert (tmp_path / "run/samples/step-00000060.png").exists()
     config = TextConfig(train=False, path=str(outcome.model))

@@ -13,18 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from train.data import (
-    DataConfig,
-    clean_captions,
-    fit_square,
-    grid,
-    opacity,
-    open_checked,
-    open_source,
-    to_images,
-    to_tensor,
-    upright,
-)
+from train.captions import clean_captions
+from train.data import DataConfig, open_source
+from train.pictures import grid, opacity, open_checked, to_images, to_tensor, upright, upright_size
 
 
 def picture(path: Path, colour: str = "red", size: tuple[int, int] = (20, 10)) -> None:
@@ -174,7 +165,7 @@ def test_every_mode_becomes_upright_rgb(tmp_path):
     exif[0x0112] = 6  # turned by a quarter
     Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
     with open_checked(tmp_path / "turned.jpg") as image:
-        assert upright(image).size == opacity(image).size == (10, 20)
+        assert upright_size(image) == upright(image).size == opacity(image).size == (10, 20)
 
 
 def test_the_alpha_channel_of_a_file_is_its_mask(tmp_path):
@@ -188,13 +179,6 @@ def test_the_alpha_channel_of_a_file_is_its_mask(tmp_path):
     assert source.mask(0).mode == "L"
     assert list(source.mask(0).get_flattened_data()) == [255] * 7 + [51]
     assert source.mask(1).getcolors() == [(15, 255)]
-
-
-def test_fit_square_crops_the_middle():
-    strip = Image.new("RGB", (30, 10), "red")
-    strip.paste("blue", (10, 0, 20, 10))
-    assert fit_square(strip, 10).getcolors() == [(100, (0, 0, 255))]
-    assert fit_square(Image.new("RGB", (1, 4000)), 16).size == (16, 16)
 
 
 def test_tensors_and_pictures_round_trip():

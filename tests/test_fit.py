@@ -30,7 +30,7 @@ from train.checkpoint import load_checkpoint
 from train.command import RunFailed
 from train.data import DataConfig, open_source
 from train.diffusion import DiffusionRecipe, LatentDiffusion, ObjectiveConfig
-from train.latents import CacheKey, Latents, compute_latents
+from train.latents import Bucket, CacheKey, Latents, compute_latents
 from train.loop import fit
 from train.optim import OptimConfig
 from train.plan import Draw, Plan, normal
@@ -67,7 +67,7 @@ class Toy:
     def __init__(self, poison: Callable[[int], bool] = lambda step: False, stop_after: int = 0) -> None:
         torch.manual_seed(0)
         self.module: nn.Module = ToyModule()
-        self.length, self.facts = 10, {"width": 5}
+        self.buckets, self.facts = [range(10)], {"width": 5}
         self.poison, self.stop_after = poison, stop_after
         self.seen: list[int] = []
         self.validated: list[int] = []
@@ -79,8 +79,8 @@ class Toy:
         x = normal(draws, (5,), "noise") + torch.tensor([[float(draw.index)] for draw in draws]) / 10
         return {"x": x / 0 if self.poison(draws[0].step) else x}
 
-    def validate(self, indices: Sequence[int]) -> dict[str, float]:
-        self.validated = list(indices)
+    def validate(self, buckets: Sequence[Sequence[int]]) -> dict[str, float]:
+        self.validated = [index for bucket in buckets for index in bucket]
         return {"weight": self.module.state_dict()["linear.weight"].sum().item()}
 
     def preview(self) -> Image.Image:
@@ -121,9 +121,10 @@ def state(folder: Path, step: int) -> dict[str, str]:
 def latents(count: int = 12) -> Latents:
     """Made-up latents with the captions of the tiny pipeline."""
     rng = torch.Generator().manual_seed(0)
-    mean = torch.randn(count, 4, 8, 6, generator=rng).half()
-    captions = [[CAPTIONS[i % 3], CAPTIONS[(i + 1) % 3]] for i in range(count)]
-    return Latents(mean, torch.full_like(mean, 0.1), captions, CacheKey("", "made up", count, (4, 8, 6)))
+    mean = torch.randn(count, 1, 4, 8, 6, generator=rng).half()
+    captions = {i: [CAPTIONS[i % 3], CAPTIONS[(i + 1) % 3]] for i in range(count)}
+    bucket = Bucket(list(range(count)), mean, torch.full_like(mean, 0.1))
+    return Latents([bucket], captions, CacheKey("", "made up", 4, 2, [[12, 16, count]], 1))
 
 
 def diffusion_recipe(output: Path, **options: Any) -> DiffusionRecipe:
@@ -209,8 +210,9 @@ def test_autoencoder_learns_one_batch_and_measures_its_scale(tmp_path):
     assert exported["shift_factor"] is None
     assert Image.open(tmp_path / "run/samples/step-00000040.png").size == (4 * 16 + 6, 2 * 16 + 2)
     data = compute_latents(recipe.data, outcome.model, tmp_path / "latents")
-    assert data.mean.shape == (4, 4, 8, 8)
-    std = (data.mean.float().var() + data.std.float().square().mean()).sqrt().item()
+    (bucket,) = data.buckets
+    assert bucket.mean.shape == (4, 1, 4, 8, 8)
+    std = (bucket.mean.float().var() + bucket.std.float().square().mean()).sqrt().item()
     assert std * exported["scaling_factor"] == pytest.approx(1, rel=0.05)  # scaled latents: unit variance
     with pytest.raises(ValueError, match="latents of another data"):
         compute_latents(replace(recipe.data, scene_seed=1), outcome.model, tmp_path / "latents")
@@ -306,8 +308,8 @@ def test_latents_are_read_back_and_a_stale_cache_is_refused(tmp_path, autoencode
     data, folder = DataConfig(size=16, length=3), tmp_path / "latents"
     first = compute_latents(data, autoencoder, folder)
     again = compute_latents(data, autoencoder, folder)
-    assert torch.equal(first.mean, again.mean)
-    assert torch.equal(first.std, again.std)
+    assert torch.equal(first.buckets[0].mean, again.buckets[0].mean)
+    assert torch.equal(first.buckets[0].std, again.buckets[0].std)
     assert first.captions == again.captions
     vae = AutoencoderKL(VAE)
     save_model(vae, autoencoder)
@@ -322,19 +324,19 @@ def test_latents_are_read_back_and_a_stale_cache_is_refused(tmp_path, autoencode
 
 def test_masks_join_a_cache_of_latents_and_weigh_the_loss(tmp_path, autoencoder):
     data, folder = DataConfig(size=16, length=3), tmp_path / "latents"
-    assert compute_latents(data, autoencoder, folder).masks is None
+    assert compute_latents(data, autoencoder, folder).buckets[0].mask is None
     with_masks = compute_latents(data, autoencoder, folder, masks=True)
-    assert with_masks.masks.shape == (3, 1, *with_masks.mean.shape[2:])
-    side = with_masks.masks.shape[-1]
-    for index in range(3):
-        mask = np.asarray(open_source(data).mask(index), np.float64)
-        cells = mask.reshape(side, 16 // side, side, 16 // side).mean((1, 3))
-        np.testing.assert_allclose(with_masks.masks[index, 0], cells, atol=1.01)
+    draws = Plan([range(3)], 3, 0).batch(0)
+    weight = with_masks.mask(draws)
+    side = weight.shape[-1]
+    for draw, cells in zip(draws, weight, strict=True):
+        mask = np.asarray(open_source(data).mask(draw.index), np.float64) / 255
+        averaged = mask.reshape(side, 16 // side, side, 16 // side).mean((1, 3))
+        np.testing.assert_allclose(cells[0], averaged, atol=1.01 / 255)
     recipe = diffusion_recipe(tmp_path / "run", objective=ObjectiveConfig(mask_weight=5.0))
-    draws = Plan(3, 3, 0).batch(0)
     task = LatentDiffusion(recipe, autoencoder, with_masks)
     batch = task.batch(draws)
-    torch.testing.assert_close(batch["area_weight"], 1 + 4 * with_masks.mask(draws))
+    torch.testing.assert_close(batch["area_weight"], 1 + 4 * weight)
     weighed, plain = task.module(**batch)[0], task.module(**{**batch, "area_weight": None})[0]
     assert not torch.allclose(weighed, plain)
     with pytest.raises(ValueError, match="read without their masks"):
@@ -361,7 +363,7 @@ def test_offset_noise_and_input_perturbation(tmp_path, autoencoder):
     """Offset noise is one number a channel; both are functions of the draw, and off by default."""
     recipe = diffusion_recipe(tmp_path / "run")
     loud = replace(recipe, objective=ObjectiveConfig(offset_noise=0.5, input_perturbation=0.1))
-    draws = Plan(12, 4, 0).batch(3)
+    draws = Plan([range(12)], 4, 0).batch(3)
     plain, other = (LatentDiffusion(each, autoencoder, latents()).batch(draws) for each in (recipe, loud))
     assert "perturbation" not in plain
     offset = other["noise"] - plain["noise"]
@@ -447,14 +449,14 @@ def test_validation_of_a_diffusion_model(tmp_path, autoencoder):
     recipe = diffusion_recipe(tmp_path / "run", optim=replace(OPTIM, lr=1e-2))
     task = LatentDiffusion(recipe, autoencoder, latents())
     with torch.no_grad():
-        before = task.validate([1, 5, 7])
-        assert task.validate([1, 5, 7]) == before
+        before = task.validate([[1, 5, 7]])
+        assert task.validate([[1, 5, 7]]) == before
     assert before.keys() == {"loss", *(f"loss_t{t:03d}" for t in (62, 187, 312, 437, 562, 687, 812, 937))}
     levels = [value for name, value in before.items() if name != "loss"]
     assert before["loss"] == pytest.approx(sum(levels) / 8)
     fit(task, recipe)
     with torch.no_grad():
-        assert task.validate([1, 5, 7])["loss"] < before["loss"]
+        assert task.validate([[1, 5, 7]])["loss"] < before["loss"]
 
 
 def test_the_width_of_the_average_is_chosen_afterwards(tmp_path, autoencoder):
@@ -491,7 +493,7 @@ def test_validation_of_an_autoencoder(tmp_path):
     )
     task = Autoencoding(recipe)
     with torch.no_grad():
-        values = task.validate(range(8))
+        values = task.validate([range(8)])
         pictures = torch.stack([task.image(index) for index in range(8)])
         error = (task.reconstruct(pictures).clamp(-1, 1) - pictures).square().mean().item()
     assert values.keys() == {"loss", "l1", "mse", "gradient", "kl", "psnr"}

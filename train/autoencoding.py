@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from autoencoder.loss import ReconstructionConfig, reconstruction_loss
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.checkpoint import empty_model, load_model, save_model
+from train.buckets import Size, View, frame, views
 from train.config import to_mapping
-from train.data import DataConfig, Source, fit_square, grid, open_source, to_images, to_tensor
+from train.data import DataConfig, Source, open_source
 from train.latents import autoencoder_folder
-from train.plan import Draw, fixed_draws, normal, spread, uniform
+from train.pictures import grid, to_images, to_tensor
+from train.plan import Draw, choose, fixed_draws, normal, spread, uniform
 from train.state import FitConfig
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ class Autoencoding:
         self.recipe = recipe
         self.source: Source = open_source(recipe.data)
         self.length = len(self.source)
+        self.buckets = [range(self.length)]
         torch.manual_seed(recipe.seed)  # initial weights
         self.vae = self.build()
         self.vae.encoder.requires_grad_(recipe.train_encoder)
@@ -105,29 +108,34 @@ class Autoencoding:
         return vae
 
     def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
-        image = torch.stack([self.image(draw.index) for draw in draws])
+        data = self.recipe.data
+        every = [views(draw.index, data.crops, data.flip) for draw in draws]
+        chosen = choose(draws, len(every[0]), "view")
+        image = torch.stack([self.image(d.index, e[k]) for d, e, k in zip(draws, every, chosen, strict=True)])
         batch = {"image": image, "noise": normal(draws, self.latent_shape, "posterior")}
         if self.recipe.latent_noise:
             level = self.recipe.latent_noise * uniform(draws, "latent noise level").float()
             batch["added"] = level.view(-1, 1, 1, 1) * normal(draws, self.latent_shape, "latent noise")
         return batch
 
-    def image(self, index: int) -> Tensor:
-        """One picture: (3, H, W)."""
-        return to_tensor(fit_square(self.source[index][0], self.recipe.data.size))
+    def image(self, index: int, view: View = View()) -> Tensor:  # noqa: B008 (a constant)
+        """One picture, a square whatever its buckets: (3, H, W)."""
+        size = self.recipe.data.size
+        return to_tensor(frame(self.source[index][0], Size(size, size), view))
 
-    def validate(self, indices: Sequence[int]) -> dict[str, float]:
+    def validate(self, buckets: Sequence[Sequence[int]]) -> dict[str, float]:
         """The parts of the loss, and the PSNR in dB of the reconstruction through the mean."""
         totals: dict[str, float] = {}
         error = 0.0
-        for draws in fixed_draws(indices):
+        count = sum(map(len, buckets))
+        for draws in fixed_draws(buckets):
             image = torch.stack([self.image(draw.index) for draw in draws])
             noise = normal(draws, self.latent_shape, "posterior")
             loss, parts = self.module(image.to(self.device), noise.to(self.device))
             for name, value in {"loss": loss, **parts}.items():
-                totals[name] = totals.get(name, 0.0) + value.sum().item() / len(indices)
+                totals[name] = totals.get(name, 0.0) + value.sum().item() / count
             decoded = self.reconstruct(image).clamp(-1, 1)
-            error += (decoded - image).square().mean((1, 2, 3)).sum().item() / len(indices)
+            error += (decoded - image).square().mean((1, 2, 3)).sum().item() / count
         return {**totals, "psnr": decibels(error)}
 
     def preview(self) -> Image.Image:

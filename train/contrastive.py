@@ -21,8 +21,9 @@ from autoencoder.layers import Downsample, ResnetBlock
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import load_model, save_model
 from text_encoder.clip import CLIPTextEncoder
-from train.data import DataConfig, grid, to_images
+from train.data import DataConfig
 from train.latents import Latents
+from train.pictures import grid, to_images
 from train.plan import Draw, fixed_draws, spread
 from train.state import FitConfig
 from train.text import TextConfig, build_text_encoder, text_facts
@@ -93,10 +94,10 @@ class Contrastive:
 
     def __init__(self, recipe: ContrastiveRecipe, autoencoder: Path, latents: Latents) -> None:
         self.recipe, self.latents = recipe, latents
-        self.length = len(latents)
+        self.buckets = [bucket.indices for bucket in latents.buckets]
         self.vae = load_model(AutoencoderKL, autoencoder).requires_grad_(False)
         torch.manual_seed(recipe.seed)  # initial weights
-        encoder, self.tokenizer = build_text_encoder(recipe.text_encoder, latents.captions)
+        encoder, self.tokenizer = build_text_encoder(recipe.text_encoder, list(latents.captions.values()))
         channels, width = self.vae.config.latent_channels, encoder.config.hidden_size
         self.contrast = Contrast(encoder, Tower(channels, recipe.tower, width, recipe.groups))
         self.module: nn.Module = self.contrast
@@ -114,26 +115,28 @@ class Contrastive:
             "tokens": self.tokenizer(self.latents.choose_captions(draws)),
         }
 
-    def validate(self, indices: Sequence[int]) -> dict[str, float]:
+    def validate(self, buckets: Sequence[Sequence[int]]) -> dict[str, float]:
         """The loss over batches of the recipe's size, and how many captions find their own picture."""
         device, total, found = self.contrast.logit_scale.device, 0.0, 0.0
-        for draws in fixed_draws(indices, self.recipe.batch_size):
+        count = sum(map(len, buckets))
+        for draws in fixed_draws(buckets, self.recipe.batch_size):
             batch = {name: value.to(device) for name, value in self.batch(draws).items()}
             loss, values = self.contrast(**batch)
-            total += loss.sum().item() / len(indices)
-            found += values["found"].sum().item() / len(indices)
+            total += loss.sum().item() / count
+            found += values["found"].sum().item() / count
         return {"loss": total, "found": found}
 
     def preview(self) -> Image.Image:
         """A row for each of eight captions: its own picture, then the seven of 256 that fit it best."""
-        index = spread(self.length, 256)
-        asked = spread(self.length, 8)
+        members = max(self.buckets, key=len)
+        index = [members[place] for place in spread(len(members), 256)]
+        asked = [members[place] for place in spread(len(members), 8)]
         shown = min(7, len(index))
-        x0 = self.vae.to_latents(self.latents.mean[index].float())
+        x0 = self.vae.to_latents(torch.stack(self.latents.means(index)))
         tokens = self.tokenizer([self.latents.captions[i][0] for i in asked])
         device = self.contrast.logit_scale.device
         best = self.contrast.similarity(x0.to(device), tokens.to(device)).T.cpu().topk(shown).indices
-        own = self.vae.to_latents(self.latents.mean[asked].float())
+        own = self.vae.to_latents(torch.stack(self.latents.means(asked)))
         rows = torch.cat([torch.cat([own[k : k + 1], x0[best[k]]]) for k in range(len(asked))])
         return grid(to_images(self.vae.decode(rows)), columns=1 + shown)
 

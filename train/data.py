@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
+import io
 import json
 import logging
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from PIL import Image
 
+from train.buckets import Buckets, Size, bucket_sizes, sort_into_buckets
+from train.captions import clean_captions, read_captions
+from train.pictures import opacity, open_checked, upright, upright_size
 from train.scenes import SceneSource
 
 log = logging.getLogger(__name__)
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-MAX_PIXELS = 64_000_000  # of a file, read from its header before anything is decoded
-MAX_CAPTION = 20_000  # characters; far more than any text encoder reads
-BACKGROUND = "white"  # what transparent pictures are laid on
 STYLES = ("shapes", "pictograms")
 
 
@@ -37,13 +32,23 @@ class Source(Protocol):
     def mask(self, index: int) -> Image.Image:
         """What the picture is about, 255, and what is around it, 0: greys (L) of the picture's size."""
 
+    def size(self, index: int) -> Size:
+        """Of the picture, in pixels, read from no more than its header."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The pictures: what is drawn or read, and at which size."""
 
     source: str = "shapes"  # shapes or pictograms (drawn), a folder with captions, or a `datasets` name
-    size: int = 64  # pixels, side of the square that each picture is resized and cropped to
+    size: int = (
+        64  # pixels; pictures are resized and cropped to squares of this side, or buckets of this area
+    )
+    max_aspect: float = 1.0  # longest side of a bucket in shortest sides; 1: all pictures become squares
+    side_multiple: int = 64  # pixels that divide both sides of a bucket that is no square
+    max_enlargement: float | None = None  # pictures that a bucket enlarges more are left out
+    crops: int = 1  # of each picture that training sees: one in the middle, then some anywhere
+    flip: bool = False  # mirror images too; not where captions tell left from right, or pictures hold words
     length: int = 100_000  # scenes in an epoch; folders and datasets have their own length
     subjects: str | tuple[str, ...] = "all"  # of the scenes: all, few or names
     font: str | None = None  # path of NotoColorEmoji.ttf, for pictograms; null: where systems keep it
@@ -62,10 +67,27 @@ class DataConfig:
             )
         if self.length < 1:
             raise ValueError(f"data.length={self.length}: an epoch has 1 scene or more")
+        if not 1 <= self.max_aspect <= 16:
+            raise ValueError(f"data.max_aspect={self.max_aspect}: expected 1, all squares, to 16; 2 is usual")
+        if self.side_multiple < 8 or self.side_multiple % 8:
+            raise ValueError(f"data.side_multiple={self.side_multiple}: expected a multiple of 8 pixels")
+        if self.max_enlargement is not None and not self.max_enlargement > 0:
+            raise ValueError(
+                f"data.max_enlargement={self.max_enlargement}: expected more than 0, such as 1.25"
+            )
+        if self.crops < 1:
+            raise ValueError(f"data.crops={self.crops}: expected 1 or more")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(
                 f"data.max_bad_fraction={self.max_bad_fraction}: a fraction lies between 0 and 1"
             )
+
+
+def sort_source(source: Source, config: DataConfig) -> Buckets:
+    """The buckets of a source."""
+    sizes = bucket_sizes(config.size, config.side_multiple, config.max_aspect)
+    pictures = [source.size(index) for index in range(len(source))]
+    return sort_into_buckets(pictures, sizes, config.max_enlargement)
 
 
 def open_source(config: DataConfig) -> Source:
@@ -112,6 +134,9 @@ class Scenes:
     def mask(self, index: int) -> Image.Image:
         return self.scenes.mask(index)
 
+    def size(self, index: int) -> Size:
+        return Size(self.scenes.size, self.scenes.size)
+
 
 class ImageFolder:
     """Pictures in a folder with captions in metadata.jsonl, metadata.csv, or a .txt beside each picture.
@@ -124,12 +149,14 @@ class ImageFolder:
         captions = read_captions(folder, config.caption_column)
         self.rejected: dict[str, str] = {}  # name -> why
         self.entries: list[tuple[str, list[str]]] = []
+        self.sizes: list[Size] = []
         for name in sorted(captions):
-            problem = check_header(folder / name)
-            if problem:
-                self.rejected[name] = problem
-            else:
-                self.entries.append((name, captions[name]))
+            try:
+                with open_checked(folder / name) as image:
+                    self.sizes.append(upright_size(image))
+                    self.entries.append((name, captions[name]))
+            except (OSError, SyntaxError, ValueError) as error:
+                self.rejected[name] = str(error)
         lines = [f"\n  {name}: {why}" for name, why in list(self.rejected.items())[:10]]
         problem = f"{len(self.rejected)} of {len(captions)} pictures in {folder} cannot be used"
         if len(self.rejected) > config.max_bad_fraction * len(captions) or not self.entries:
@@ -153,6 +180,9 @@ class ImageFolder:
 
     def mask(self, index: int) -> Image.Image:
         return self.read(self.entries[index][0], opacity)
+
+    def size(self, index: int) -> Size:
+        return self.sizes[index]
 
     def read(self, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
         """What `convert` makes of a file. Raises ValueError if the file cannot be decoded."""
@@ -199,6 +229,7 @@ class HubDataset:
         if not len(table):
             raise ValueError(f"{config.source} {config.dataset_split} has no rows")
         self.table, self.config = table, config
+        self.files = table.cast_column(config.image_column, datasets.Image(decode=False))
         self.description = f"{config.source} {config.dataset_split}, {config.size} px, {table._fingerprint}"
 
     def __len__(self) -> int:
@@ -211,6 +242,16 @@ class HubDataset:
     def mask(self, index: int) -> Image.Image:
         return self.read(index, opacity)[0]
 
+    def size(self, index: int) -> Size:
+        file = self.files[index][self.config.image_column]
+        try:
+            if file is None:
+                raise ValueError("it is null")
+            with Image.open(file["path"] if file["bytes"] is None else io.BytesIO(file["bytes"])) as image:
+                return upright_size(image)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise self.undecodable(index, error) from error
+
     def read(
         self, index: int, convert: Callable[[Image.Image], Image.Image]
     ) -> tuple[Image.Image, Mapping[str, Any]]:
@@ -221,166 +262,8 @@ class HubDataset:
                 raise ValueError("it is null")
             return convert(row[self.config.image_column]), row
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"the picture in row {index} of {self.config.source} cannot be decoded: {error}; leave it out"
-            ) from error
+            raise self.undecodable(index, error) from error
 
-
-def read_captions(folder: Path, column: str) -> dict[str, list[str]]:
-    """Captions by file name. Raises ValueError, naming the first ten, where files and captions disagree."""
-    if (folder / "metadata.jsonl").exists():
-        rows = read_jsonl(folder / "metadata.jsonl")
-    elif (folder / "metadata.csv").exists():
-        rows = read_csv(folder / "metadata.csv")
-    else:
-        pictures = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
-        rows = [
-            {
-                "file_name": path.name,
-                column: path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace"),
-            }
-            for path in pictures
-            if path.with_suffix(".txt").exists()
-        ]
-        if not rows:
-            raise ValueError(
-                f"{folder} holds no captioned picture: put a metadata.jsonl or metadata.csv with the columns "
-                f"file_name and {column} into it, or a .txt beside each picture"
-            )
-        if len(rows) < len(pictures):
-            without = len(pictures) - len(rows)
-            log.warning("%d of %d pictures in %s have no .txt: left out", without, len(pictures), folder)
-    captions: dict[str, list[str]] = {}
-    problems = []
-    for number, row in enumerate(rows, 1):
-        name, texts = row.get("file_name"), clean_captions(row.get(column))
-        if not isinstance(name, str) or not name:
-            problems.append(f"row {number} has no file_name")
-        elif not texts:
-            problems.append(f"row {number} ({name}) has no text in {column!r}")
-        elif not (folder / name).resolve().is_relative_to(folder.resolve()):
-            problems.append(f"row {number}: {name} leads out of the folder")
-        elif not (folder / name).is_file():
-            problems.append(f"row {number}: {name} is missing")
-        elif name in captions:
-            problems.append(f"row {number}: {name} again")
-        else:
-            captions[name] = texts
-    if problems:
-        raise ValueError(
-            f"{folder}: {len(problems)} of {len(rows)} captions are wrong:\n  " + "\n  ".join(problems[:10])
-        )
-    if not captions:
-        raise ValueError(f"{folder}: the list of captions is empty")
-    return captions
-
-
-def read_csv(path: Path) -> list[dict[str, Any]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-            return list(csv.DictReader(file))
-    except csv.Error as error:  # such as a field of more than 128 kB
-        raise ValueError(f"{path} cannot be read as CSV: {error}") from None
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    # not splitlines, which also splits at signs that may stand within a JSON string, such as U+2028
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number} is not JSON: {error}") from None
-            if not isinstance(row, Mapping):
-                raise ValueError(f"{path} line {number} is no JSON object: {line[:80]}")
-            rows.append(dict(row))
-    return rows
-
-
-def clean_captions(value: object) -> list[str]:
-    """One caption or a list of them, without control characters, white space around, and excess length."""
-    texts = [value] if isinstance(value, str) else value if isinstance(value, Sequence) else []
-    kept = []
-    for text in texts:
-        if isinstance(text, str):
-            plain = "".join(sign if sign.isprintable() else " " for sign in text[:MAX_CAPTION]).strip()
-            kept += [plain] if plain else []
-    return kept
-
-
-def check_header(path: Path) -> str:
-    """Why a file cannot be used, judged from its header; "" if it can."""
-    try:
-        with open_checked(path):
-            return ""
-    except (OSError, SyntaxError, ValueError) as error:
-        return str(error)
-
-
-def open_checked(path: Path) -> Image.Image:
-    """The file opened, not yet decoded. Raises ValueError for what is no picture or has too many pixels."""
-    if path.stat().st_size == 0:
-        raise ValueError("the file is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            image = Image.open(path)
-    except UnidentifiedImageError:
-        raise ValueError("not a picture that Pillow knows") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from None
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} million pixels")
-    return image
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """RGB, turned as EXIF says, transparency laid on white, 16-bit greys scaled to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":
-        image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, BACKGROUND)
-        image = Image.alpha_composite(ground, image)
-    return image.convert("RGB")
-
-
-def opacity(image: Image.Image) -> Image.Image:
-    """The alpha channel as greys (L), turned as EXIF says; 255 everywhere in a picture without one."""
-    image = ImageOps.exif_transpose(image)
-    if not image.has_transparency_data:
-        return Image.new("L", image.size, 255)
-    return image.convert("RGBA").getchannel("A")
-
-
-def fit_square(image: Image.Image, size: int) -> Image.Image:
-    """Resized (Lanczos) until the shorter side is `size`, then cropped in the middle."""
-    if image.size == (size, size):
-        return image
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB to (3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1) / 127.5 - 1
-
-
-def to_images(image: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1], clamped, to RGB pictures."""
-    pixels = (
-        ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    )
-    return [Image.fromarray(picture) for picture in pixels]
-
-
-def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Pictures of one size, row by row."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    page = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for i, image in enumerate(images):
-        page.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
-    return page
+    def undecodable(self, index: int, error: Exception) -> ValueError:
+        picture = f"the picture in row {index} of {self.config.source}"
+        return ValueError(f"{picture} cannot be decoded: {error}; leave it out")

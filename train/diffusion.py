@@ -21,8 +21,9 @@ from ldm.scheduler import Scheduler
 from ldm.unet import UNet, UNetConfig
 from text_encoder.clip import CLIPTextEncoder
 from train.config import to_mapping
-from train.data import DataConfig, grid
+from train.data import DataConfig
 from train.latents import Latents
+from train.pictures import grid
 from train.plan import Draw, fixed_draws, normal, spread
 from train.state import FitConfig
 from train.text import TextConfig, build_text_encoder, text_facts
@@ -104,11 +105,13 @@ class LatentDiffusion:
 
     def __init__(self, recipe: DiffusionRecipe, autoencoder: Path, latents: Latents) -> None:
         self.recipe, self.latents = recipe, latents
-        self.length = len(latents)
+        self.buckets = [bucket.indices for bucket in latents.buckets]
         self.vae = load_model(AutoencoderKL, autoencoder).requires_grad_(False)
         self.scheduler = Scheduler.default(recipe.objective.prediction, recipe.objective.zero_terminal_snr)
         torch.manual_seed(recipe.seed)  # initial weights
-        self.text_encoder, self.tokenizer = build_text_encoder(recipe.text_encoder, latents.captions)
+        self.text_encoder, self.tokenizer = build_text_encoder(
+            recipe.text_encoder, list(latents.captions.values())
+        )
         self.unet = UNet(recipe.unet)
         if recipe.unet.in_channels != self.vae.config.latent_channels:
             raise ValueError(
@@ -152,12 +155,13 @@ class LatentDiffusion:
             batch["area_weight"] = 1 + (objective.mask_weight - 1) * self.latents.mask(draws)
         return batch
 
-    def validate(self, indices: Sequence[int]) -> dict[str, float]:
-        """The plain loss, and that at each of LEVELS timesteps, over all samples with one noise each."""
+    def validate(self, buckets: Sequence[Sequence[int]]) -> dict[str, float]:
+        """The plain loss, that at each of LEVELS timesteps and that of each bucket, one noise a sample."""
         device, T = next(self.unet.parameters()).device, len(self.scheduler.schedule.alpha)
         timesteps = [int(T * (k + 0.5) / LEVELS) for k in range(LEVELS)]
-        total = torch.zeros(LEVELS)
-        for draws in fixed_draws(indices):
+        totals = torch.zeros(len(buckets), LEVELS)  # sums over the samples
+        parts = [(number, draws) for number, one in enumerate(buckets) for draws in fixed_draws([one])]
+        for number, draws in parts:
             x0 = self.vae.to_latents(self.latents.sample(draws)).to(device)
             noise = normal(draws, tuple(x0.shape[1:]), "noise").to(device)
             context = self.text_encoder.to(device)(
@@ -165,15 +169,16 @@ class LatentDiffusion:
             )
             for k, t in enumerate(timesteps):
                 at = torch.full((len(draws),), t, device=device)
-                total[k] += (
-                    diffusion_loss(
-                        self.unet, self.scheduler.schedule, x0, context, self.scheduler.prediction, noise, at
-                    )
-                    .sum()
-                    .cpu()
+                loss = diffusion_loss(
+                    self.unet, self.scheduler.schedule, x0, context, self.scheduler.prediction, noise, at
                 )
-        losses = (total / len(indices)).tolist()
+                totals[number, k] += loss.sum().cpu()
+        losses = (totals.sum(0) / sum(map(len, buckets))).tolist()
         named = {f"loss_t{t:03d}": loss for t, loss in zip(timesteps, losses, strict=True)}
+        if len(buckets) > 1:
+            for size, one, total in zip(self.latents.sizes, buckets, totals, strict=True):
+                if one:
+                    named[f"loss_{size}"] = total.mean().item() / len(one)
         return {"loss": sum(losses) / LEVELS, **named}
 
     def pipeline(self) -> LatentDiffusionPipeline:
@@ -194,7 +199,8 @@ class LatentDiffusion:
 
     def preview(self) -> Image.Image:
         """One picture a prompt, always from the same noise."""
-        prompts = list(self.recipe.prompts) or [self.latents.captions[i][0] for i in spread(self.length, 8)]
+        captions = list(self.latents.captions.values())
+        prompts = list(self.recipe.prompts) or [captions[i][0] for i in spread(len(captions), 8)]
         size = self.recipe.data.size
         images = self.pipeline()(prompts, height=size, width=size, seed=0, return_dict=False)[0]
         return grid(images, columns=min(len(images), 8))

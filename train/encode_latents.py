@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Encode as the command line says; goes on where it stopped."""
     recipe = parse(EncodeRecipe, sys.argv[1:] if argv is None else argv, None, __doc__ or "")
     latents = compute_latents(recipe.data, autoencoder_folder(recipe.autoencoder), Path(recipe.output))
-    print(f"{recipe.output}: {len(latents)} latents of {tuple(latents.mean.shape[1:])}")
+    shapes = ", ".join(f"{len(one.indices)} of {tuple(one.mean.shape[1:])}" for one in latents.buckets)
+    print(f"{recipe.output}: {len(latents)} latents, {shapes} (views, channels, height, width)")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Latents computed once: posterior mean and std of every picture, with the captions, in shards.
+"""Latents computed once: posterior mean and std of every picture, with the captions, in shards of one bucket.
 
 The mean and std are unscaled and in float16; a sample is drawn from them at every use. `cache.json` names the
 encoder by the hash of its weights and the data by its description, so a stale cache is never trained on.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,10 +27,12 @@ from tqdm import tqdm
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import load_model
 from ldm.config import read_json, replacing, write_json
+from train.buckets import Size, crop_corner, frame, views
 from train.checkpoint import weights_sha256
-from train.data import DataConfig, Source, fit_square, open_source, to_tensor
+from train.data import DataConfig, Source, open_source, sort_source
 from train.loop import cpu_only
-from train.plan import Draw, normal, uniform
+from train.pictures import to_tensor
+from train.plan import Draw, choose, normal, uniform
 
 log = logging.getLogger(__name__)
 SHARD = 4096  # pictures a file
@@ -43,33 +45,65 @@ class CacheKey:
 
     autoencoder: str  # sha256 of its encoder: the decoder may go on learning
     data: str  # description of the source
-    samples: int
-    shape: tuple[int, ...]  # (C, h, w)
+    channels: int  # of a latent
+    factor: int  # pixels a latent cell, each way
+    buckets: list[list[int]]  # width and height in pixels, and pictures, of each
+    views: int  # of each picture: its crops, and their mirror images
 
 
-class Latents(NamedTuple):
-    """mean, std: (L, C, h, w) float16, unscaled. captions: L lists. masks: (L, 1, h, w) uint8, if wanted."""
+class Bucket(NamedTuple):
+    """The latents of one bucket: n pictures in v views, C channels, h x w cells."""
 
-    mean: Tensor
-    std: Tensor
-    captions: list[list[str]]
-    key: CacheKey
-    masks: Tensor | None = None
+    indices: list[int]  # in the source
+    mean: Tensor  # (n, v, C, h, w) float16, unscaled
+    std: Tensor  # likewise
+    mask: Tensor | None = None  # (n, v, 1, h, w) uint8, 255 where a cell is of what the picture is about
+
+
+class Latents:
+    """The latents and captions of a source, read by index. What is asked for at once is of one bucket."""
+
+    def __init__(self, buckets: Sequence[Bucket], captions: dict[int, list[str]], key: CacheKey) -> None:
+        """captions: by index."""
+        self.buckets, self.key = buckets, key
+        self.captions = dict(sorted(captions.items()))
+        self.places = {
+            index: (number, row)
+            for number, one in enumerate(buckets)
+            for row, index in enumerate(one.indices)
+        }
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return len(self.places)
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Of the pictures of each bucket, in pixels."""
+        return [Size(width, height) for width, height, _ in self.key.buckets]
+
+    def rows(self, draws: list[Draw]) -> tuple[Bucket, list[int], list[int]]:
+        """The bucket of some samples, their rows there, and the view that each gets."""
+        places = [self.places[draw.index] for draw in draws]
+        bucket = self.buckets[places[0][0]]
+        return bucket, [row for _, row in places], choose(draws, bucket.mean.shape[1], "view")
 
     def sample(self, draws: list[Draw]) -> Tensor:
         """z (B, C, h, w) float32, unscaled, each drawn from its posterior."""
-        index = [draw.index for draw in draws]
-        mean, std = self.mean[index].float(), self.std[index].float()
+        bucket, row, view = self.rows(draws)
+        mean, std = bucket.mean[row, view].float(), bucket.std[row, view].float()
         return mean + std * normal(draws, tuple(mean.shape[1:]), "posterior")
 
     def mask(self, draws: list[Draw]) -> Tensor:
         """The share of each latent cell that is of what the picture is about: (B, 1, h, w) float32."""
-        if self.masks is None:
+        bucket, row, view = self.rows(draws)
+        if bucket.mask is None:
             raise ValueError("these latents were read without their masks")
-        return self.masks[[draw.index for draw in draws]].float() / 255
+        return bucket.mask[row, view].float() / 255
+
+    def means(self, indices: Sequence[int]) -> list[Tensor]:
+        """The posterior's mean in the first view of some pictures: (C, h, w) float32 each."""
+        places = [self.places[index] for index in indices]
+        return [self.buckets[number].mean[row, 0].float() for number, row in places]
 
     def choose_captions(self, draws: list[Draw], dropout: float = 0.0) -> list[str]:
         """One of the captions of each sample, or, with probability `dropout`, the empty prompt."""
@@ -102,6 +136,17 @@ def encoder_sha256(vae: AutoencoderKL) -> str:
     )
 
 
+class Shard(NamedTuple):
+    """Some pictures of one bucket, which share a file."""
+
+    number: int
+    size: Size
+    indices: Sequence[int]
+
+    def path(self, folder: Path, kind: Literal["latents", "masks"] = "latents") -> Path:
+        return folder / f"{kind}-{self.number:05d}.safetensors"
+
+
 def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bool = False) -> Latents:
     """The latents of the data by this autoencoder, read from `folder`, where missing ones are computed first.
 
@@ -110,32 +155,45 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bo
     """
     state = PartialState(cpu=cpu_only())
     source = open_source(data)
+    buckets = sort_source(source, data)
     vae = load_model(AutoencoderKL, autoencoder).to(state.device)
     vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    side, rest = divmod(data.size, vae.downsample_factor)
-    if rest:
-        raise ValueError(
-            f"data.size={data.size} is not a multiple of {vae.downsample_factor}, the autoencoder's factor"
-        )
+    for size in buckets.sizes:
+        if size.width % vae.downsample_factor or size.height % vae.downsample_factor:
+            raise ValueError(
+                f"pictures of {size} are not multiples of {vae.downsample_factor} pixels, the autoencoder's "
+                "factor: mend data.size or data.side_multiple"
+            )
+    counts = [[*size, len(members)] for size, members in zip(buckets.sizes, buckets.members, strict=True)]
     key = CacheKey(
         encoder_sha256(vae),
         source.description,
-        len(source),
-        (vae.config.latent_channels, side, side),
+        vae.config.latent_channels,
+        vae.downsample_factor,
+        counts,
+        len(views(0, data.crops, data.flip)),
     )
     check_key(folder, key)
     if state.is_main_process and not (folder / "cache.json").exists():
-        write_json(folder / "cache.json", {**asdict(key), "shape": list(key.shape)})
-    missing = [number for number in range(shard_count(key)) if not shard_path(folder, number).exists()]
+        write_json(folder / "cache.json", asdict(key))
+    pieces = [
+        (size, members[first : first + SHARD])
+        for size, members in zip(buckets.sizes, buckets.members, strict=True)
+        for first in range(0, len(members), SHARD)
+    ]
+    shards = [Shard(number, *piece) for number, piece in enumerate(pieces)]
+    missing = [shard for shard in shards if not shard.path(folder).exists()]
     state.wait_for_everyone()  # no rank writes a shard before all have counted
+    if state.is_main_process and len(buckets.sizes) + len(buckets.dropped) > 1:
+        log.info("%d pictures in %d buckets\n%s", len(source), len(buckets.sizes), buckets.table())
     if missing and state.is_main_process:
-        log.info("encoding %d pictures into %s", min(len(source), len(missing) * SHARD), folder)
-    for number in missing[state.process_index :: state.num_processes]:
-        write_shard(vae, source, data.size, number, folder, state.device)
+        log.info("encoding %d pictures into %s", sum(len(shard.indices) for shard in missing), folder)
+    for shard in missing[state.process_index :: state.num_processes]:
+        write_shard(vae, source, data, shard, folder, state.device)
     if masks and state.is_main_process:
-        write_masks(source, data.size, key, folder)
+        write_masks(source, data, key, shards, folder)
     state.wait_for_everyone()
-    return read_latents(folder, key, masks)
+    return read_latents(folder, key, shards, masks)
 
 
 def check_key(folder: Path, key: CacheKey) -> None:
@@ -144,7 +202,7 @@ def check_key(folder: Path, key: CacheKey) -> None:
     if not path.exists():
         return
     have = read_json(path)
-    for name, want in {**asdict(key), "shape": list(key.shape)}.items():
+    for name, want in asdict(key).items():
         if have.get(name) != want:
             raise ValueError(
                 f"{folder} holds the latents of another {name}:\n  there  {have.get(name)}\n  wanted {want}\n"
@@ -152,66 +210,77 @@ def check_key(folder: Path, key: CacheKey) -> None:
             )
 
 
-def shard_count(key: CacheKey) -> int:
-    return -(-key.samples // SHARD)
-
-
-def shard_path(folder: Path, number: int, kind: Literal["latents", "masks"] = "latents") -> Path:
-    return folder / f"{kind}-{number:05d}.safetensors"
-
-
-def shard_indices(samples: int, number: int) -> range:
-    return range(number * SHARD, min(samples, (number + 1) * SHARD))
-
-
 @torch.no_grad()
 def write_shard(
-    vae: AutoencoderKL, source: Source, size: int, number: int, folder: Path, device: torch.device
+    vae: AutoencoderKL, source: Source, data: DataConfig, shard: Shard, folder: Path, device: torch.device
 ) -> None:
-    """Encode pictures from number * SHARD on into one file, captions in its header, whole or not at all."""
-    indices = shard_indices(len(source), number)
+    """Encode one shard's pictures into one file, captions in its header, whole or not at all.
+
+    The header also holds what a size conditioning wants to know of each view: the width and height of the
+    picture, and left and top of the crop in the picture as it was resized.
+    """
     parts: list[tuple[Tensor, Tensor]] = []
     captions: list[list[str]] = []
+    corners = []
     progress = tqdm(
-        total=len(indices), unit="picture", disable=not sys.stderr.isatty(), desc=f"shard {number}"
+        total=len(shard.indices),
+        unit="picture",
+        disable=not sys.stderr.isatty(),
+        desc=f"shard {shard.number}, {shard.size}",
     )
     with progress:
-        for image, texts in read_batches(source, size, indices):
-            posterior = vae.encode(image.to(device))
-            parts.append((posterior.mean.half().cpu(), posterior.std.half().cpu()))
+        for image, texts in read_batches(source, data, shard):
+            posterior = vae.encode(image.flatten(0, 1).to(device))
+            split = (len(texts), -1)
+            mean, std = posterior.mean.unflatten(0, split), posterior.std.unflatten(0, split)
+            parts.append((mean.half().cpu(), std.half().cpu()))
             captions += texts
             progress.update(len(texts))
+    for index in shard.indices:
+        picture = source.size(index)
+        every = views(index, data.crops, data.flip)
+        corners.append([[*picture, *crop_corner(picture, shard.size, view)] for view in every])
+    header = {
+        "captions": json.dumps(captions),
+        "indices": json.dumps(list(shard.indices)),
+        "crops": json.dumps(corners),
+    }
     mean, std = (torch.cat(tensors).contiguous() for tensors in zip(*parts, strict=True))
-    with replacing(shard_path(folder, number)) as path:
-        save_file({"mean": mean, "std": std}, path, metadata={"captions": json.dumps(captions)})
+    with replacing(shard.path(folder)) as path:
+        save_file({"mean": mean, "std": std}, path, metadata=header)
 
 
-def write_masks(source: Source, size: int, key: CacheKey, folder: Path) -> None:
+def write_masks(source: Source, data: DataConfig, key: CacheKey, shards: list[Shard], folder: Path) -> None:
     """The masks of every shard that has none yet, averaged over the pixels of each latent cell."""
-    missing = [n for n in range(shard_count(key)) if not shard_path(folder, n, "masks").exists()]
-    todo = sum(len(shard_indices(key.samples, number)) for number in missing)
-    _, height, width = key.shape
+    missing = [shard for shard in shards if not shard.path(folder, "masks").exists()]
+    todo = sum(len(shard.indices) for shard in missing)
     with tqdm(total=todo, unit="mask", disable=not sys.stderr.isatty(), desc="masks") as progress:
-        for number in missing:
-            cells = []
-            for index in shard_indices(key.samples, number):
-                mask = fit_square(source.mask(index), size).resize((width, height), Image.Resampling.BOX)
-                cells.append(torch.from_numpy(np.array(mask)))
+        for shard in missing:
+            cells = (shard.size.width // key.factor, shard.size.height // key.factor)
+            masks = []
+            for index in shard.indices:
+                mask = source.mask(index)
+                every = [frame(mask, shard.size, view) for view in views(index, data.crops, data.flip)]
+                masks.append(np.stack([np.array(one.resize(cells, Image.Resampling.BOX)) for one in every]))
                 progress.update()
-            with replacing(shard_path(folder, number, "masks")) as path:
-                save_file({"mask": torch.stack(cells)[:, None]}, path)
+            with replacing(shard.path(folder, "masks")) as path:
+                save_file({"mask": torch.from_numpy(np.stack(masks))[:, :, None]}, path)
 
 
-def read_batches(source: Source, size: int, indices: range) -> Iterator[tuple[Tensor, list[list[str]]]]:
-    """(image (B, 3, H, W), captions) in order, one batch read ahead."""
+def read_batches(source: Source, data: DataConfig, shard: Shard) -> Iterator[tuple[Tensor, list[list[str]]]]:
+    """(images (B, views, 3, H, W), captions) in order, one batch read ahead."""
 
     def read(start: int) -> tuple[Tensor, list[list[str]]]:
-        samples = [source[index] for index in indices[start : start + BATCH]]
-        return torch.stack([to_tensor(fit_square(image, size)) for image, _ in samples]), [
-            c for _, c in samples
+        samples = [(index, *source[index]) for index in shard.indices[start : start + BATCH]]
+        images = [
+            torch.stack(
+                [to_tensor(frame(image, shard.size, view)) for view in views(index, data.crops, data.flip)]
+            )
+            for index, image, _ in samples
         ]
+        return torch.stack(images), [captions for _, _, captions in samples]
 
-    starts = range(0, len(indices), BATCH)
+    starts = range(0, len(shard.indices), BATCH)
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(read, starts[0])
         for later in [*starts[1:], None]:
@@ -221,37 +290,47 @@ def read_batches(source: Source, size: int, indices: range) -> Iterator[tuple[Te
             yield batch
 
 
-def read_latents(folder: Path, key: CacheKey, masks: bool = False) -> Latents:
-    """All shards as one. Raises ValueError naming a shard that is cut or of another shape."""
-    captions: list[list[str]] = []
-    tensors: dict[str, list[Tensor]] = {"mean": [], "std": []}
-    for number in range(shard_count(key)):
-        shard, metadata = read_shard(shard_path(folder, number), {"mean": key.shape, "std": key.shape})
+def read_latents(folder: Path, key: CacheKey, shards: list[Shard], masks: bool = False) -> Latents:
+    """All shards, put together by bucket. Raises ValueError naming one that is cut or of another shape."""
+    captions: dict[int, list[str]] = {}
+    parts: dict[Size, list[Bucket]] = {}
+    for shard in shards:
+        path = shard.path(folder)
+        rows = (len(shard.indices), key.views)
+        cells = (shard.size.height // key.factor, shard.size.width // key.factor)
+        shape = (*rows, key.channels, *cells)
+        tensors, header = read_shard(path, {"mean": shape, "std": shape})
         try:
-            captions += json.loads(metadata["captions"])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise damaged(shard_path(folder, number), error) from error
-        for name, values in tensors.items():
-            values.append(shard[name])
-    mean, std = torch.cat(tensors["mean"]), torch.cat(tensors["std"])
-    if not len(captions) == len(mean) == len(std) == key.samples:
-        raise ValueError(f"{folder} holds {len(mean)} latents, not {key.samples}: delete it")
-    if not masks:
-        return Latents(mean, std, captions, key)
-    paths = [shard_path(folder, number, "masks") for number in range(shard_count(key))]
-    mask = torch.cat([read_shard(path, {"mask": (1, *key.shape[1:])})[0]["mask"] for path in paths])
-    if len(mask) != key.samples:
-        raise ValueError(f"{folder} holds {len(mask)} masks, not {key.samples}: delete masks-*.safetensors")
-    return Latents(mean, std, captions, key, mask)
+            texts, indices = json.loads(header["captions"]), json.loads(header["indices"])
+        except (KeyError, json.JSONDecodeError) as error:
+            raise damaged(path, error) from error
+        if indices != list(shard.indices) or len(texts) != len(indices):
+            raise ValueError(
+                f"{path} holds other pictures than {folder} should: delete it, it is computed again"
+            )
+        captions.update(zip(indices, texts, strict=True))
+        mask = None
+        if masks:
+            mask = read_shard(shard.path(folder, "masks"), {"mask": (*rows, 1, *cells)})[0]["mask"]
+        parts.setdefault(shard.size, []).append(Bucket(indices, tensors["mean"], tensors["std"], mask))
+    return Latents([joined(bucket) for bucket in parts.values()], captions, key)
+
+
+def joined(parts: list[Bucket]) -> Bucket:
+    """The shards of one bucket as one."""
+    indices = [index for part in parts for index in part.indices]
+    masks = [part.mask for part in parts if part.mask is not None]
+    mean, std = torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
+    return Bucket(indices, mean, std, torch.cat(masks) if masks else None)
 
 
 def read_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a file. Raises ValueError if it is cut, or a tensor's rows have another shape."""
+    """Tensors and header of a file. Raises ValueError if it is cut, or a tensor has another shape."""
     try:
         tensors = load_file(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        found = {name: tuple(tensors[name].shape[1:]) for name in shapes}
+        found = {name: tuple(tensors[name].shape) for name in shapes}
     except (SafetensorError, OSError, KeyError) as error:
         raise damaged(path, error) from error
     for name, shape in shapes.items():

@@ -27,7 +27,7 @@ from train.command import RunFailed
 from train.config import to_mapping
 from train.ema import EMA, classic, power
 from train.optim import build_optimizer, learning_rate
-from train.plan import Plan, spread
+from train.plan import Plan
 from train.readahead import ReadAhead
 from train.record import Record, open_run
 from train.state import FitConfig, Outcome, State, Task
@@ -50,7 +50,7 @@ def fit(task: Task, config: FitConfig) -> Outcome:
         project_dir=config.output,
     )
     plan = Plan(
-        task.length,
+        task.buckets,
         config.batch_size,
         config.seed,
         accelerator.num_processes,
@@ -61,6 +61,9 @@ def fit(task: Task, config: FitConfig) -> Outcome:
         open_run(Path(config.output), config, accelerator) as record,
         StopRequest(accelerator, config.max_minutes) as stop,
     ):
+        for bucket in plan.trained:
+            if len(bucket) < plan.batch_size:
+                record.say(f"a bucket has {len(bucket)} samples, less than a batch: they come more than once")
         state, wrapped = prepare(task, config, accelerator)
         resume(state, task, config, record, accelerator)
         with ReadAhead(task, plan, accelerator.process_index, state.step, workers(config)) as batches:
@@ -196,11 +199,12 @@ def choose_precision(precision: str) -> str:
 
 def facts(task: Task, config: FitConfig) -> dict[str, Any]:
     """What a resumed run must share with the run it goes on from."""
-    samples = task.length - config.validation_samples
+    samples = sum(map(len, task.buckets)) - config.validation_samples
     return {
         "batch_size": config.batch_size,
         "seed": config.seed,
         "samples": samples,
+        "buckets": len(task.buckets),
         "ema_widths": list(config.ema_widths),
         **task.facts,
     }
@@ -302,7 +306,7 @@ def validate(task: Task, state: State, plan: Plan, record: Record, accelerator: 
     if accelerator.is_main_process:
         with state.ema.applied(), torch.no_grad():
             state.module.eval()
-            values = task.validate(spread(plan.length, plan.held_out))
+            values = task.validate(plan.validation)
             state.module.train()
         record.flush()
         record.validation(state.step, values)

@@ -1,15 +1,20 @@
 """Which samples make which batch: a pure function of (seed, step), so a resumed run needs no sampler state.
 
-Batches run through the epochs without a gap: sample number n of the run is entry n % length of the
-permutation of epoch n // length. Ranks and micro-batches are slices of the same global batch, so the order
-of samples does not depend on how many processes share the work.
+Samples of one shape are a bucket, and every global batch is of one bucket. The buckets take turns, each as
+often as it has samples, evenly spread. A bucket's batches run through its epochs without a gap: sample number
+n that it gives is entry n % length of the permutation of its epoch n // length, so nothing is left over and
+nothing comes twice. Ranks and micro-batches are slices of the same global batch, so the order of samples
+does not depend on how many processes share the work.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,23 +39,27 @@ class Draw:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sample order of a run over `length` samples, less those that are held out for validation."""
+    """Sample order of a run over buckets of samples, less those that are held out for validation."""
 
-    length: int  # of the source
+    buckets: Sequence[Sequence[int]]  # source indices of the samples of each shape
     batch_size: int  # samples an optimizer step, over all ranks
     seed: int
     ranks: int = 1
     micro_batch: int = 0  # samples a rank computes at a time; 0: its whole share
     held_out: int = 0  # samples, evenly spread, that are in no batch
     micro_batches: int = field(init=False, default=1)  # micro-batches a rank adds up in one optimizer step
+    trained: Sequence[Sequence[int]] = field(init=False)  # of each bucket, without what is held out
+    validation: Sequence[Sequence[int]] = field(init=False)  # what is held out, by bucket
 
     def __post_init__(self) -> None:
-        if self.length < 1:
+        length = sum(len(bucket) for bucket in self.buckets)
+        if not length:
             raise ValueError("the data holds no sample: nothing to train on")
-        if self.held_out >= self.length:
-            raise ValueError(
-                f"validation_samples={self.held_out} of {self.length} samples leave none to train on"
-            )
+        if self.held_out >= length:
+            raise ValueError(f"validation_samples={self.held_out} of {length} samples leave none to train on")
+        trained, validation = hold_out(self.buckets, self.held_out)
+        object.__setattr__(self, "trained", trained)
+        object.__setattr__(self, "validation", validation)
         share, rest = divmod(self.batch_size, self.ranks)
         if rest or share < 1:
             raise ValueError(
@@ -66,38 +75,70 @@ class Plan:
 
     def batch(self, step: int) -> list[Draw]:
         """The global batch of optimizer step `step`, from 0."""
-        return [self.draw(step, position) for position in range(self.batch_size)]
-
-    def draw(self, step: int, position: int) -> Draw:
-        """The sample at one place of the global batch of `step`."""
-        index = self.index(step * self.batch_size + position)
-        return Draw(index, step, position, self.batch_size, self.seed)
-
-    def index(self, number: int) -> int:
-        """Source index of the sample that comes at place `number` of the whole run."""
-        epoch, place = divmod(number, self.length - self.held_out)
-        index = permutation(self.length - self.held_out, self.seed, epoch)[place]
-        return int(trained(self.length, self.held_out)[index] if self.held_out else index)
+        return self.draws(step, range(self.batch_size))
 
     def micro(self, step: int, micro: int, rank: int) -> list[Draw]:
         """The slice of the global batch that `rank` computes as its micro-batch number `micro`."""
         size = self.batch_size // self.ranks // self.micro_batches
         first = (rank * self.micro_batches + micro) * size
-        return [self.draw(step, position) for position in range(first, first + size)]
+        return self.draws(step, range(first, first + size))
+
+    def draws(self, step: int, positions: range) -> list[Draw]:
+        """The samples at some places of the global batch of `step`."""
+        turn = turn_of(tuple(len(bucket) for bucket in self.trained), self.seed, step)
+        bucket = self.trained[turn.bucket]
+        draws = []
+        for position in positions:
+            epoch, place = divmod(turn.number * self.batch_size + position, len(bucket))
+            index = bucket[int(permutation(len(bucket), self.seed, epoch)[place])]
+            draws.append(Draw(index, step, position, self.batch_size, self.seed))
+        return draws
 
 
-@lru_cache(maxsize=2)  # a batch touches two epochs at most unless the data is smaller than a batch
+class Turn(NamedTuple):
+    """Whose batch a step is."""
+
+    bucket: int
+    number: int  # how many batches the bucket gave before
+
+
+@lru_cache(maxsize=8)
+def turn_of(sizes: tuple[int, ...], seed: int, step: int) -> Turn:
+    """Batch k of a bucket with n samples is due at (k + u) / n, u one draw a bucket; steps come by due time.
+
+    Exact at every step: no bucket ever has a batch more or less than its share.
+    """
+    offsets = [Fraction(key("turn", seed, bucket) % 2**16, 2**16) for bucket in range(len(sizes))]
+    # a time by which no more than `step` batches are due, and how many of each bucket those are
+    time = Fraction(max(0, step - len(sizes)), sum(sizes))
+    given = [max(0, math.ceil(time * size - u)) for size, u in zip(sizes, offsets, strict=True)]
+
+    def due(bucket: int) -> tuple[Fraction, int]:
+        return Fraction(given[bucket] + offsets[bucket]) / sizes[bucket], bucket
+
+    buckets = [bucket for bucket, size in enumerate(sizes) if size]
+    for _ in range(step - sum(given)):
+        given[min(buckets, key=due)] += 1
+    bucket = min(buckets, key=due)
+    return Turn(bucket, given[bucket])
+
+
+@lru_cache(maxsize=64)  # two epochs of each bucket that is at hand
 def permutation(length: int, seed: int, epoch: int) -> Tensor:
-    """The order of `length` samples in one epoch: (length,) int64."""
+    """The order of the `length` samples of a bucket in one epoch: (length,) int64."""
     return torch.randperm(length, generator=generator("order", seed, epoch))
 
 
-@lru_cache(maxsize=1)
-def trained(length: int, held_out: int) -> Tensor:
-    """Source indices, growing, without the `held_out` that `spread` picks: (length - held_out,) int64."""
-    keep = torch.ones(length, dtype=torch.bool)
-    keep[spread(length, held_out)] = False
-    return keep.nonzero()[:, 0]
+def hold_out(
+    buckets: Sequence[Sequence[int]], count: int
+) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]:
+    """The buckets without `count` samples that are evenly spread over all of them, and those samples."""
+    if not count:
+        return buckets, [[] for _ in buckets]
+    everything = sorted(index for bucket in buckets for index in bucket)
+    held = {everything[place] for place in spread(len(everything), count)}
+    kept = [[index for index in bucket if index not in held] for bucket in buckets]
+    return kept, [[index for index in bucket if index in held] for bucket in buckets]
 
 
 def spread(length: int, count: int) -> list[int]:
@@ -106,11 +147,14 @@ def spread(length: int, count: int) -> list[int]:
     return [(i * length + key("spread", i) % length) // count % length for i in range(count)]
 
 
-def fixed_draws(indices: Sequence[int], size: int = 32) -> Iterator[list[Draw]]:
-    """Samples of a validation in lists of at most `size`: for each the same noise, whatever the seed."""
-    for first in range(0, len(indices), size):
-        part = range(first, min(first + size, len(indices)))
-        yield [Draw(indices[place], 0, place, len(indices), 0) for place in part]
+def fixed_draws(buckets: Sequence[Sequence[int]], size: int = 32) -> Iterator[list[Draw]]:
+    """Samples of a validation in lists of at most `size`, each of one bucket.
+
+    A sample's noise is always the same, whatever the seed and its bucket.
+    """
+    for bucket in buckets:
+        for first in range(0, len(bucket), size):
+            yield [Draw(index, 0, index, 1, 0) for index in bucket[first : first + size]]
 
 
 def normal(draws: list[Draw], shape: tuple[int, ...], purpose: str) -> Tensor:
@@ -123,3 +167,8 @@ def uniform(draws: list[Draw], purpose: str) -> Tensor:
     return torch.stack(
         [torch.rand((), dtype=torch.float64, generator=draw.generator(purpose)) for draw in draws]
     )
+
+
+def choose(draws: list[Draw], count: int, purpose: str) -> list[int]:
+    """One of `count` things for each sample, each as likely, from the sample's own counter."""
+    return [0] * len(draws) if count == 1 else (uniform(draws, purpose) * count).long().tolist()

@@ -78,11 +78,14 @@ class Task(Protocol):
     """What is trained. `module(**batch)` returns the loss (B,) and further named values (B,) to log."""
 
     module: nn.Module
-    length: int  # samples in an epoch
+
+    @property
+    def buckets(self) -> Sequence[Sequence[int]]: ...  # samples of each shape; a batch is of one
+
     facts: Mapping[str, Any]  # JSON; what may not change when a run is resumed: shapes, data, objective
 
     def batch(self, draws: list[Draw]) -> dict[str, Tensor]: ...  # on the CPU; may run in another thread
-    def validate(self, indices: Sequence[int]) -> Mapping[str, float]: ...  # always with the same noise
+    def validate(self, buckets: Sequence[Sequence[int]]) -> Mapping[str, float]: ...  # always the same noise
     def preview(self) -> Image.Image: ...  # with the weights that the module holds now
     def export(self, folder: Path) -> None: ...
 

@@ -1,0 +1,86 @@
+"""Pictures from files, whatever kind they are: upright RGB, never decoded before their header is judged."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from train.buckets import Size
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+MAX_PIXELS = 64_000_000  # of a file, read from its header before anything is decoded
+BACKGROUND = "white"  # what transparent pictures are laid on
+
+
+def open_checked(path: Path) -> Image.Image:
+    """The file opened, not yet decoded. Raises ValueError for what is no picture or has too many pixels."""
+    if path.stat().st_size == 0:
+        raise ValueError("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            image = Image.open(path)
+    except UnidentifiedImageError:
+        raise ValueError("not a picture that Pillow knows") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} million pixels")
+    return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """RGB, turned as EXIF says, transparency laid on white, 16-bit greys scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, BACKGROUND)
+        image = Image.alpha_composite(ground, image)
+    return image.convert("RGB")
+
+
+def upright_size(image: Image.Image) -> Size:
+    """The size that `upright` gives a picture, without decoding it."""
+    exif = Image.Image.getexif(image)  # a PNG's own would decode all of it, to look for EXIF at its end
+    turned = exif.get(ExifTags.Base.Orientation, 1) >= 5
+    return Size(image.height, image.width) if turned else Size(image.width, image.height)
+
+
+def opacity(image: Image.Image) -> Image.Image:
+    """The alpha channel as greys (L), turned as EXIF says; 255 everywhere in a picture without one."""
+    image = ImageOps.exif_transpose(image)
+    if not image.has_transparency_data:
+        return Image.new("L", image.size, 255)
+    return image.convert("RGBA").getchannel("A")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB to (3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def to_images(image: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1], clamped, to RGB pictures."""
+    pixels = (
+        ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    )
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """Pictures of one size, row by row."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    page = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, image in enumerate(images):
+        page.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
+    return page
