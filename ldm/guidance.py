@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from .sample import Denoiser
-from .schedule import Level, Prediction, to_x0
+from .schedule import Level, Prediction, seen, to_x0
 
 UNet = Callable[[Tensor, Tensor, Tensor], Tensor]  # (xt, t, context) -> prediction
 
 
-def _predict(unet: UNet, xt: Tensor, level: Level, context: Tensor) -> Tensor:
+def _predict(unet: UNet, xt: Tensor, level: Level, context: Tensor, kind: Prediction) -> Tensor:
     """The model's prediction in float32, whatever precision it computes in."""
     t = torch.full((len(xt),), float(level.t), device=xt.device)
-    return unet(xt, t, context).float()
+    return unet(seen(xt, level, kind), t, context).float()
 
 
 def conditional(unet: UNet, context: Tensor, kind: Prediction) -> Denoiser:
     """No guidance. context: (B, N, D) embeddings of the prompts."""
 
     def denoise(xt: Tensor, level: Level) -> Tensor:
-        return to_x0(_predict(unet, xt, level, context), xt, level, kind)
+        return to_x0(_predict(unet, xt, level, context, kind), xt, level, kind)
 
     return denoise
 
@@ -62,7 +62,7 @@ def classifier_free(
         log_snr = math.log(level.alpha / level.sigma) if level.alpha else -math.inf
         if not low <= log_snr <= high:
             return unguided(xt, level)
-        without, with_text = _predict(unet, xt.repeat(2, 1, 1, 1), level, both).chunk(2)
+        without, with_text = _predict(unet, xt.repeat(2, 1, 1, 1), level, both, kind).chunk(2)
         guided = without.lerp(with_text, scale)
         if rescale:
             ratio = with_text.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)

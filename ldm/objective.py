@@ -1,4 +1,4 @@
-"""What training minimises: one loss for the three kinds of prediction, its weights and its timesteps."""
+"""What training minimises: one loss for the four kinds of prediction, its weights and its timesteps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .schedule import Level, NoiseSchedule, Prediction
+from .schedule import Level, NoiseSchedule, Prediction, seen
 
 Weight = Callable[[Level, Prediction], Tensor]
 
@@ -16,6 +16,11 @@ Weight = Callable[[Level, Prediction], Tensor]
 def no_weight(level: Level, kind: Prediction) -> Tensor:
     """1 everywhere: L_simple (Ho et al. 2020, eq. 14)."""
     return torch.ones_like(torch.as_tensor(level.sigma))
+
+
+def of_flow(weight: Tensor, level: Level) -> Tensor:
+    """The weight of v's error as one of the flow's, which is (alpha + sigma) times as large."""
+    return weight / (torch.as_tensor(level.alpha) + torch.as_tensor(level.sigma)) ** 2
 
 
 def min_snr(level: Level, kind: Prediction, gamma: float = 5.0) -> Tensor:
@@ -30,6 +35,8 @@ def min_snr(level: Level, kind: Prediction, gamma: float = 5.0) -> Tensor:
         return (gamma * (sigma / alpha) ** 2).clamp(max=1)
     if kind == "v":
         return (gamma * sigma**2).clamp(max=1)
+    if kind == "flow":
+        return of_flow(min_snr(level, "v", gamma), level)
     return (sigma**-2).clamp(max=gamma)
 
 
@@ -43,6 +50,8 @@ def soft_min_snr(level: Level, kind: Prediction, gamma: float = 4.0) -> Tensor:
     noise = gamma * sigma**2
     if kind == "eps":
         return noise / (alpha**2 + noise)
+    if kind == "flow":
+        return of_flow(soft_min_snr(level, "v", gamma), level)
     return (noise if kind == "v" else gamma) / (1 + noise)
 
 
@@ -54,20 +63,34 @@ def p2(level: Level, kind: Prediction) -> Tensor:
     sigma2 = torch.as_tensor(level.sigma) ** 2
     if kind == "eps":
         return sigma2
+    if kind == "flow":
+        return of_flow(p2(level, "v"), level)
     return (sigma2 if kind == "v" else 1) / (1 + sigma2)
 
 
 WEIGHTS: dict[str, Weight] = {"none": no_weight, "min_snr": min_snr, "soft_min_snr": soft_min_snr, "p2": p2}
 
 
-def stratified_timesteps(count: int, T: int, u: float, shift: float = 1.0) -> Tensor:
-    """(count,) int64 timesteps of one global batch: (u + i / count) mod 1, one in each stratum of [0, T).
+def logit_normal(q: Tensor) -> Tensor:
+    """The quantiles of sigmoid(N(0, 1)): most in the middle (Esser et al. 2024, eq. 19)."""
+    return torch.special.ndtri(q).sigmoid()
 
-    The low-discrepancy sampler of Kingma et al. 2021 (VDM), appendix I.1. u: one draw from [0, 1).
+
+# name -> the quantiles of a density of t in [0, 1]
+DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {"uniform": lambda q: q, "logit_normal": logit_normal}
+
+
+def stratified_timesteps(
+    count: int, T: int, u: float, shift: float = 1.0, density: str = "uniform"
+) -> Tensor:
+    """(count,) int64 timesteps in [0, T) of one global batch, the quantiles (u + i / count) mod 1 of density.
+
+    The low-discrepancy sampler of Kingma et al. 2021 (VDM), appendix I.1: one in each stratum. u: one draw
+    from [0, 1). density: a name in DENSITIES.
     shift: s in t' = s t / (1 + (s - 1) t), t in [0, 1) (Esser et al. 2024, eq. 23). Large latents say much
     twice and want s > 1, more noise; small ones want s < 1.
     """
-    part = (u + torch.arange(count, dtype=torch.float64) / count) % 1
+    part = DENSITIES[density]((u + torch.arange(count, dtype=torch.float64) / count) % 1)
     return (shift * part / (1 + (shift - 1) * part) * T).long().clamp(max=T - 1)
 
 
@@ -95,9 +118,10 @@ def diffusion_loss(
     """
     schedule.require(kind)
     level = schedule.at(t, like=x0)
-    seen = noise if perturbation is None else noise + perturbation
-    xt = level.alpha * x0 + level.sigma * seen
-    target = {"eps": noise, "x0": x0, "v": level.alpha * noise - level.sigma * x0}[kind]
+    told = noise if perturbation is None else noise + perturbation
+    xt = seen(level.alpha * x0 + level.sigma * told, level, kind)
+    v, flow = level.alpha * noise - level.sigma * x0, noise - x0
+    target = {"eps": noise, "x0": x0, "v": v, "flow": flow}[kind]
     error = F.mse_loss(unet(xt, t.to(x0.device), context).float(), target, reduction="none")
     if area_weight is not None:
         error = error * (area_weight / area_weight.mean((1, 2, 3), keepdim=True))

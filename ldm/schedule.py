@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Prediction = Literal["eps", "v", "x0"]
+Prediction = Literal["eps", "v", "x0", "flow"]
 Spacing = Literal["leading", "linspace", "trailing", "karras", "log_snr"]
 
 NO_SIGNAL = "eps says nothing about x0 where alpha = 0 (zero terminal SNR): use a model that predicts v or x0"
@@ -27,8 +27,17 @@ class Level(NamedTuple):
     sigma: float | Tensor
 
 
+def seen(xt: Tensor, level: Level, kind: Prediction) -> Tensor:
+    """What the model sees of xt: all of it, or, where it predicts a flow, (1 - s) x0 + s noise.
+
+    That is xt / (alpha + sigma), the straight line from data to noise, with s = sigma / (alpha + sigma).
+    """
+    return xt / (level.alpha + level.sigma) if kind == "flow" else xt
+
+
 def to_x0(prediction: Tensor, xt: Tensor, level: Level, kind: Prediction) -> Tensor:
-    """x0 from a prediction of eps (Ho et al. 2020, eq. 15), of v (Salimans & Ho 2022, section 4) or of x0.
+    """x0 from a prediction of eps (Ho et al. 2020, eq. 15), of v (Salimans & Ho 2022, section 4), of x0 or of
+    the flow eps - x0 (Liu et al. 2023, "Rectified flow", eq. 1).
 
     Raises ValueError for eps at a level whose alpha is the number 0, and for another kind.
     """
@@ -41,7 +50,9 @@ def to_x0(prediction: Tensor, xt: Tensor, level: Level, kind: Prediction) -> Ten
         return (xt - sigma * prediction) / alpha
     if kind == "x0":
         return prediction
-    raise ValueError(f"prediction kind {kind!r}: expected eps, v or x0")
+    if kind == "flow":
+        return (xt - sigma * prediction) / (alpha + sigma)
+    raise ValueError(f"prediction kind {kind!r}: expected eps, v, x0 or flow")
 
 
 def to_eps(x0: Tensor, xt: Tensor, level: Level) -> Tensor:
@@ -52,6 +63,11 @@ def to_eps(x0: Tensor, xt: Tensor, level: Level) -> Tensor:
 def to_v(x0: Tensor, xt: Tensor, level: Level) -> Tensor:
     """The v = alpha * eps - sigma * x0 (Salimans & Ho 2022, section 4) that belongs to an answer x0."""
     return (level.alpha * xt - x0) / level.sigma
+
+
+def to_flow(x0: Tensor, xt: Tensor, level: Level) -> Tensor:
+    """The flow eps - x0 that belongs to an answer x0."""
+    return (xt - (level.alpha + level.sigma) * x0) / level.sigma
 
 
 @dataclass(frozen=True)
@@ -159,6 +175,16 @@ class NoiseSchedule:
         t = torch.arange(T + 1, dtype=torch.float64) / T
         alpha_bar = ((t + 0.008) / 1.008 * math.pi / 2).cos() ** 2
         return cls.from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))
+
+    @classmethod
+    def rectified_flow(cls, T: int = 1000) -> NoiseSchedule:
+        """(1 - s) x0 + s noise with s = t / T (Liu et al. 2023, eq. 1), scaled to preserve variance.
+
+        It has T + 1 levels: t = 0 is the data itself and t = T pure noise.
+        """
+        s = torch.arange(T + 1, dtype=torch.float64) / T
+        norm = ((1 - s) ** 2 + s**2).sqrt()
+        return cls((1 - s) / norm, s / norm)
 
     def zero_terminal_snr(self) -> NoiseSchedule:
         """alpha shifted and scaled: the last is exactly 0, the first stays. Lin et al. 2024, algorithm 1."""

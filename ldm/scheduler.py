@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .schedule import NoiseSchedule, Prediction, Timesteps, curve, lay_out
 from .solvers import SOLVERS, Tableau, unipc
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+FLOW = "FlowMatchEulerDiscreteScheduler"  # its one schedule and one kind of prediction are no settings
 
 
 class Grid(NamedTuple):
@@ -74,7 +76,12 @@ ACCEPTED: dict[str, tuple[object, ...]] = {
     "solver_p": (None,),
     "disable_corrector": ([],),
     "skip_prk_steps": (True,),
+    "use_dynamic_shifting": (False,),
+    "shift_terminal": (None,),
+    "invert_sigmas": (False,),
+    "stochastic_sampling": (False,),
 }
+ACCEPTED_OF_FLOW: dict[str, tuple[object, ...]] = dict.fromkeys(CURVES, (False, None))
 
 
 MAX_TIMESTEPS = 1_000_000
@@ -82,6 +89,9 @@ MAX_TIMESTEPS = 1_000_000
 
 def check_numbers(config: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the key, for a number of a scheduler_config.json that cannot be."""
+    shift = config.get("shift", 1.0)
+    if not isinstance(shift, int | float) or isinstance(shift, bool) or not 0 < shift <= MAX_TIMESTEPS:
+        raise ValueError(f"shift={shift!r}: expected a number above 0; 1 changes nothing, 3 is SD 3's")
     for key, low in (("num_train_timesteps", 1), ("steps_offset", 0), ("solver_order", 1)):
         value = config.get(key, low)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= MAX_TIMESTEPS:
@@ -103,7 +113,9 @@ def read_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     end = config.get("beta_end", 0.012 if heun else 0.02)
     T = config.get("num_train_timesteps", 1000)
     name = config.get("beta_schedule", "linear")
-    if config.get("trained_betas") is not None:
+    if config["_class_name"] == FLOW:
+        schedule = NoiseSchedule.rectified_flow(T)
+    elif config.get("trained_betas") is not None:
         schedule = NoiseSchedule.from_betas(torch.tensor(config["trained_betas"]))
     elif name == "linear":
         schedule = NoiseSchedule.linear(start, end, T)
@@ -114,6 +126,23 @@ def read_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     else:
         raise ValueError(f"beta_schedule={name!r}: expected linear, scaled_linear or squaredcos_cap_v2")
     return schedule.zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule
+
+
+def flow_timesteps(count: int, T: int, shift: float) -> Timesteps:
+    """s = t / T even from 1 to where the training's least, shifted, lies, then shifted itself.
+
+    So it is in diffusers, whose last step is shifted twice. Shift: Esser et al. 2024, eq. 23. Every solver
+    takes this grid. Raises ValueError for a count that is not between 1 and T.
+    """
+    if not 1 <= count <= T:
+        raise ValueError(f"{count} steps: ask for 1 to {T}, the model has no more noise levels")
+
+    def shifted(s: Tensor) -> Tensor:
+        return shift * s / (1 + (shift - 1) * s)
+
+    one = torch.ones((), dtype=torch.float64)
+    s = shifted(torch.linspace(1, shifted(one / T).item(), count, dtype=torch.float64))
+    return Timesteps.from_ratio(s * T, s / (1 - s))
 
 
 @dataclass(frozen=True)
@@ -132,14 +161,15 @@ class Scheduler:
         Raises ValueError for a class, prediction or setting that is not implemented, and for eps at zero SNR.
         """
         name = config.get("_class_name")
-        if name not in GRIDS:
-            raise ValueError(f"scheduler {name!r} is not implemented: expected one of {', '.join(GRIDS)}")
+        if name not in (*GRIDS, FLOW):
+            known = ", ".join((*GRIDS, FLOW))
+            raise ValueError(f"scheduler {name!r} is not implemented: expected one of {known}")
         kind = config.get("prediction_type", "epsilon")
         if kind not in PREDICTIONS:
             raise ValueError(f"prediction_type={kind!r}: expected one of {', '.join(PREDICTIONS)}")
         stated = {"skip_prk_steps": name != "PNDMScheduler"} | dict(config)
         accepted = ACCEPTED | ({"solver_order": (2,)} if name == "DPMSolverMultistepScheduler" else {})
-        for key, values in accepted.items():
+        for key, values in (accepted | (ACCEPTED_OF_FLOW if name == FLOW else {})).items():
             if key in stated and stated[key] not in values:
                 raise ValueError(
                     f"{name} with {key}={stated[key]!r} is not implemented: set it to "
@@ -147,6 +177,8 @@ class Scheduler:
                 )
         check_numbers(config)
         schedule = read_schedule(config)
+        if name == FLOW:
+            return cls(config, schedule, "flow", "euler")
         schedule.require(PREDICTIONS[kind])
         solver = next(solver for solver, its_class in CLASSES.items() if its_class == name)
         if config.get("algorithm_type") == "sde-dpmsolver++" and solver == "dpmpp_2m":
@@ -157,8 +189,11 @@ class Scheduler:
     def default(cls, prediction: Prediction = "v", zero_terminal_snr: bool = True) -> Scheduler:
         """What our own models train with: Stable Diffusion's schedule down to zero SNR, v, trailing spacing.
 
-        Lin et al. 2024 say why the three belong together. Raises ValueError for eps with zero_terminal_snr.
+        Lin et al. 2024 say why the three belong together. flow: rectified flow, which has its own schedule.
+        Raises ValueError for eps with zero_terminal_snr.
         """
+        if prediction == "flow":
+            return cls.from_config({"_class_name": FLOW, "num_train_timesteps": 1000, "shift": 1.0})
         kind = next(name for name, ours in PREDICTIONS.items() if ours == prediction)
         return cls.from_config(
             {
@@ -184,6 +219,10 @@ class Scheduler:
         name = solver or self.solver
         if name not in CLASSES:
             raise ValueError(f"unknown sampler {name!r}: expected one of {', '.join(CLASSES)}")
+        if self.config["_class_name"] == FLOW:
+            return flow_timesteps(
+                count, self.config.get("num_train_timesteps", 1000), self.config.get("shift", 1.0)
+            )
         grid, config, schedule = GRIDS[CLASSES[name]], self.config, self.schedule
         if schedule.alpha[-1] == 0 and CLASSES[name] == config["_class_name"]:
             alpha = schedule.alpha.clamp(min=grid.smallest_alpha)

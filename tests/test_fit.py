@@ -181,12 +181,20 @@ def test_golden_losses(tmp_path, autoencoder):
     assert measured == pytest.approx(golden, rel=1e-4)
 
 
-def test_diffusion_learns_one_batch(tmp_path, autoencoder):
-    recipe = diffusion_recipe(tmp_path / "run", steps=60, optim=replace(OPTIM, lr=1e-2))
+FLOW = ObjectiveConfig(prediction="flow", timestep_density="logit_normal", timestep_shift=3.0)
+
+
+@pytest.mark.parametrize("objective", [ObjectiveConfig(), FLOW])
+def test_diffusion_learns_one_batch(tmp_path, autoencoder, objective):
+    optim = replace(OPTIM, lr=1e-2)
+    recipe = diffusion_recipe(tmp_path / "run", steps=60, optim=optim, objective=objective)
     task = LatentDiffusion(recipe, autoencoder, latents(count=4))
     fit(task, recipe)
     curve = [line["loss"] for line in losses(tmp_path / "run")]
     assert sum(curve[-10:]) < 0.8 * sum(curve[:10])
+    pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "run/model")
+    assert pipe.scheduler.prediction == objective.prediction
+    assert pipe(CAPTIONS[0], num_inference_steps=2, seed=0).images[0].size == (16, 16)
 
 
 def test_autoencoder_learns_one_batch_and_measures_its_scale(tmp_path):

@@ -35,7 +35,7 @@ def xt():
     return torch.randn(3, 4, 5, 7)
 
 
-@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+@pytest.mark.parametrize("kind", ["eps", "v", "x0", "flow"])
 def test_scale_one_is_no_guidance(kind, xt):
     unet = Unet()
     guided = classifier_free(unet, CONTEXT, UNCOND, 1.0, kind, rescale=0.7)(xt, level_at(500))
@@ -43,7 +43,7 @@ def test_scale_one_is_no_guidance(kind, xt):
     assert unet.batches == [3, 3]
 
 
-@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+@pytest.mark.parametrize("kind", ["eps", "v", "x0", "flow"])
 @pytest.mark.parametrize("scale", [0.0, 0.4, 3.0, 7.5])
 def test_guidance_extrapolates_the_answers(kind, scale, xt):
     unet, level = Unet(), level_at(300)

@@ -1,5 +1,7 @@
 """The loss is the paper's for the three kinds of prediction, its weights finite, its timesteps even."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -17,13 +19,17 @@ def batch():
     return x0, torch.randn(3, 6, 8), noise
 
 
-@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+@pytest.mark.parametrize("kind", ["eps", "v", "x0", "flow"])
 def test_a_perfect_model_has_no_loss(kind):
     """And what it predicts converts back to x0 where the schedule has any signal."""
     x0, context, noise = batch()
 
     def perfect(xt, t, context):
         level = SCHEDULE.at(t, like=xt)
+        if kind == "flow":  # it sees a point of the straight line from data to noise
+            s = level.sigma / (level.alpha + level.sigma)
+            torch.testing.assert_close(xt, (1 - s) * x0 + s * noise)
+            return noise - x0
         torch.testing.assert_close(xt, level.alpha * x0 + level.sigma * noise)
         prediction = {"eps": noise, "v": level.alpha * noise - level.sigma * x0, "x0": x0}[kind]
         torch.testing.assert_close(to_x0(prediction, xt, level, kind), x0, atol=2e-5, rtol=1e-4)
@@ -62,7 +68,7 @@ def test_eps_at_zero_snr_is_refused():
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-@pytest.mark.parametrize("kind", ["eps", "v", "x0"])
+@pytest.mark.parametrize("kind", ["eps", "v", "x0", "flow"])
 def test_weights_are_finite_and_positive_down_to_zero_snr(name, kind):
     t = torch.arange(1000)
     weight = WEIGHTS[name](ZERO_SNR.at(t, like=torch.zeros(1, 4, 5, 7)), kind)
@@ -82,12 +88,14 @@ def test_min_snr_is_the_papers_where_the_signal_is_strong():
 
 
 @pytest.mark.parametrize("name", WEIGHTS.keys() - {"none"})
-def test_weights_are_one_loss_in_two_ways(name):
-    """An error in x0 weighs the same whether the model predicts v or x0: SNR + 1 lies between the two."""
+def test_weights_are_one_loss_in_three_ways(name):
+    """An error in x0 weighs the same whether the model predicts v, x0 or the flow."""
     level = Level(0.0, SCHEDULE.alpha, SCHEDULE.sigma)
-    snr = (level.alpha / level.sigma) ** 2
-    v, x0 = WEIGHTS[name](level, "v"), WEIGHTS[name](level, "x0")
+    snr, xt, off = (level.alpha / level.sigma) ** 2, torch.zeros(()), torch.ones(())
+    v, x0, flow = (WEIGHTS[name](level, kind) for kind in ("v", "x0", "flow"))
     torch.testing.assert_close(v * (snr + 1), x0)
+    for kind, weight in (("v", v), ("flow", flow)):  # what an error of 1 in the prediction does to x0
+        torch.testing.assert_close(x0 * to_x0(off, xt, level, kind) ** 2, weight)
 
 
 def test_soft_min_snr_and_p2_are_as_published():
@@ -141,6 +149,15 @@ def test_timesteps_are_on_the_schedule(count, u, shift):
 def test_timesteps_are_one_in_each_stratum(count):
     t = stratified_timesteps(count, 1000, u=0.3712345)
     assert torch.bincount(t * count // 1000, minlength=count).tolist() == [1] * count
+
+
+def test_logit_normal_timesteps_have_its_quantiles():
+    t = stratified_timesteps(100_000, 1000, 0.5, density="logit_normal")
+    for q in (0.02, 0.3, 0.5, 0.9):
+        below = 0.5 * (1 + math.erf(math.log(q / (1 - q)) / math.sqrt(2)))
+        assert (t < 1000 * q).double().mean() == pytest.approx(below, abs=2e-3)
+    for u in (0.0, 1 - 2**-53):  # the quantiles of 0 and nearly 1
+        assert 0 <= stratified_timesteps(1, 1000, u, 3.0, "logit_normal").item() <= 999
 
 
 @pytest.mark.parametrize("shift", [0.4, 3.0])

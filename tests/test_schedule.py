@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ldm.schedule import Level, NoiseSchedule, Timesteps, curve, lay_out, to_eps, to_v, to_x0
+from ldm.schedule import Level, NoiseSchedule, Timesteps, curve, lay_out, to_eps, to_flow, to_v, to_x0
 
 SCHEDULES = {
     "linear": NoiseSchedule.linear(),
@@ -58,8 +58,19 @@ def test_predictions_convert_both_ways(t):
     torch.testing.assert_close(v, level.alpha * noise - level.sigma * x0)
     torch.testing.assert_close(to_x0(v, xt, level, "v"), x0)
     torch.testing.assert_close(to_x0(x0, xt, level, "x0"), x0)
+    flow = to_flow(x0, xt, level)
+    torch.testing.assert_close(flow, noise - x0)
+    torch.testing.assert_close(to_x0(flow, xt, level, "flow"), x0)
     if t < 999:
         torch.testing.assert_close(to_x0(noise, xt, level, "eps"), x0)
+
+
+def test_rectified_flow_is_the_straight_line_and_keeps_variance():
+    schedule = NoiseSchedule.rectified_flow(8)
+    torch.testing.assert_close(
+        schedule.sigma / (schedule.alpha + schedule.sigma), torch.arange(9).double() / 8
+    )
+    torch.testing.assert_close(schedule.alpha**2 + schedule.sigma**2, torch.ones(9).double())
 
 
 def test_eps_at_zero_snr_is_refused():

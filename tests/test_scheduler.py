@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ldm.sample import sample
-from ldm.schedule import Level, to_x0
-from ldm.scheduler import CLASSES, GRIDS, PREDICTIONS, Scheduler
+from ldm.schedule import Level, seen, to_flow, to_x0
+from ldm.scheduler import CLASSES, FLOW, GRIDS, PREDICTIONS, Scheduler
 from ldm.solvers import SOLVERS, ddim
 
 T = 1000
@@ -149,6 +149,55 @@ def test_runs_from_zero_snr_as_diffusers_does(solver, count, monkeypatch):
         solver, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
     assert_same_run(config, count, monkeypatch)
+
+
+@pytest.mark.parametrize("count", [1, *COUNTS])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_flows_run_as_diffusers_does(shift, count):
+    """Euler's method on the straight line is DDIM here, and the model sees the same at every level."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config = {"_class_name": FLOW, "num_train_timesteps": T, "shift": shift}
+    reference = FlowMatchEulerDiscreteScheduler.from_config(config)
+    reference.set_timesteps(count)
+    x = draw(-1)
+    for t in reference.timesteps:
+        x = reference.step(toy_unet(x, t), t, x).prev_sample
+    scheduler = Scheduler.from_config(config)
+    assert scheduler.solver == "euler"
+    torch.testing.assert_close(scheduler.timesteps(count).t.float(), reference.timesteps)
+
+    def denoise(xt: Tensor, level: Level) -> Tensor:
+        return to_x0(toy_unet(seen(xt, level, "flow"), level.t), xt, level, "flow")
+
+    ours = sample(denoise, draw(-1), scheduler.tableau(count), draw)
+    assert (ours - x).abs().max() <= 1e-5 * x.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_follows_a_flow(solver):
+    """To the same picture, with enough steps, where the model has learned one."""
+    target = draw(3)
+
+    def denoise(xt: Tensor, level: Level) -> Tensor:
+        return to_x0(to_flow(target, xt, level), xt, level, "flow")
+
+    tableau = Scheduler.default("flow").tableau(10, solver)
+    torch.testing.assert_close(sample(denoise, draw(-1), tableau, draw), target)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"shift": 0}, "shift=0: expected a number above 0"),
+        ({"shift": "3"}, "shift='3': expected a number above 0"),
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting=True is not implemented"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas=True is not implemented"),
+    ],
+)
+def test_flows_that_are_not_implemented_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Scheduler.from_config({"_class_name": FLOW, **setting})
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])

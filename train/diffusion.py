@@ -35,9 +35,10 @@ LEVELS = 8  # timesteps of a validation
 class ObjectiveConfig:
     """What the UNet predicts, at which noise, and what each error weighs."""
 
-    prediction: Literal["v", "eps", "x0"] = "v"
+    prediction: Literal["v", "eps", "x0", "flow"] = "v"  # flow: rectified flow, with its own schedule
     zero_terminal_snr: bool = True  # the noisiest level is pure noise; not with eps
     weight: str = "min_snr"  # of the loss, by the noise level: a name in WEIGHTS of ldm/objective.py
+    timestep_density: Literal["uniform", "logit_normal"] = "uniform"  # logit_normal: most in the middle
     timestep_shift: float = 1.0  # of the timesteps drawn; below 1: less noise, which small latents want
     caption_dropout: float = 0.1  # of the samples get the empty prompt, which guidance needs
     offset_noise: float = 0.0  # deviation of noise that is the same all over a channel; zero SNR does better
@@ -139,7 +140,7 @@ class LatentDiffusion:
         z = self.latents.sample(draws)
         u = float(torch.rand((), dtype=torch.float64, generator=generator("t", draws[0].seed, draws[0].step)))
         T, shift = len(self.scheduler.schedule.alpha), self.recipe.objective.timestep_shift
-        t = stratified_timesteps(draws[0].count, T, u, shift)
+        t = stratified_timesteps(draws[0].count, T, u, shift, self.recipe.objective.timestep_density)
         shape, objective = tuple(z.shape[1:]), self.recipe.objective
         batch = {
             "x0": self.vae.to_latents(z),
