@@ -35,7 +35,8 @@ from ldm.unet import UNetConfig
 from train.checkpoint import load_checkpoint
 from train.data import DataConfig
 from train.diffusion import DiffusionRecipe, LatentDiffusion
-from train.latents import Latents, compute_latents
+from train.encoding import compute_latents
+from train.latents import Latents
 from train.loop import fit
 from train.optim import OptimConfig
 from train.text import TextConfig

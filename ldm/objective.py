@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from .noise import generator
 from .schedule import Level, NoiseSchedule, Prediction, seen
 
 Weight = Callable[[Level, Prediction], Tensor]
@@ -126,3 +127,31 @@ def diffusion_loss(
     if area_weight is not None:
         error = error * (area_weight / area_weight.mean((1, 2, 3), keepdim=True))
     return (weight(level, kind) * error).flatten(1).mean(1)
+
+
+class Uncertainty(nn.Module):
+    """The logarithm u(t) of the mean loss at each timestep, learned beside the model.
+
+    Minimising loss / exp(u) + u makes exp(u) that mean, so all levels count alike, whatever their loss
+    (Karras et al. 2024, "EDM2", section on adaptive weighting). It starts as u = 0.
+    """
+
+    def __init__(self, T: int, channels: int = 64) -> None:
+        super().__init__()
+        rng = generator("uncertainty")
+        self.T = T
+        self.register_buffer("frequencies", 4 * torch.randn(channels, generator=rng))
+        self.register_buffer("phases", torch.rand(channels, generator=rng))
+        self.linear = nn.Linear(channels, 1, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """u at timesteps t (B,): (B,) float32."""
+        angles = t[:, None].float() / self.T * self.frequencies + self.phases
+        features = (2 * torch.pi * angles).cos() * 2**0.5
+        return self.linear(features)[:, 0].float()
+
+    def balance(self, loss: Tensor, t: Tensor) -> Tensor:
+        """What to minimise instead of losses (B,) at timesteps t (B,)."""
+        u = self(t)
+        return loss / u.exp() + u

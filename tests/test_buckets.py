@@ -26,7 +26,7 @@ from train.buckets import (
     views,
 )
 from train.data import DataConfig, open_source, sort_source
-from train.latents import compute_latents
+from train.encoding import compute_latents
 from train.optim import OptimConfig
 from train.pictures import to_tensor
 from train.plan import Plan
@@ -130,7 +130,7 @@ def folder(tmp_path):
 
 
 def test_latents_of_a_bucket_share_a_shape_and_a_batch(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.latents.SHARD", 2)  # so that a bucket has two shards
+    monkeypatch.setattr("train.encoding.SHARD", 2)  # so that a bucket has two shards
     torch.manual_seed(0)
     vae = AutoencoderKL(VAE)
     save_model(vae, tmp_path / "vae")
@@ -175,6 +175,25 @@ def test_latents_of_a_bucket_share_a_shape_and_a_batch(folder, tmp_path, monkeyp
 def test_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         DataConfig(**options)
+
+
+def test_a_picture_that_cannot_be_decoded_is_set_aside(folder, tmp_path, caplog):
+    """Its header is whole, so only decoding finds it; of its bucket the others stay."""
+    content = (folder / "4.png").read_bytes()
+    (folder / "4.png").write_bytes(content[: len(content) // 2])
+    torch.manual_seed(0)
+    save_model(AutoencoderKL(VAE), tmp_path / "vae")
+    data = DataConfig(source=str(folder), size=32, max_aspect=2.0, side_multiple=8)
+    with pytest.raises(ValueError, match=r"1 of 9 pictures cannot be decoded, more than(.|\n)*4\.png"):
+        compute_latents(data, tmp_path / "vae", tmp_path / "latents", masks=True)
+    data = replace(data, max_bad_fraction=0.2)
+    for _ in range(2):  # encoded, and read back
+        caplog.clear()
+        latents = compute_latents(data, tmp_path / "vae", tmp_path / "latents", masks=True)
+        assert [bucket.indices for bucket in latents.buckets] == [[1, 7], [2, 5, 8], [0, 3, 6]]
+        assert [len(bucket.mask) for bucket in latents.buckets] == [2, 3, 3]
+        assert latents.captions[7] == ["picture 7"]
+        assert "1 of 9 pictures cannot be decoded and are left out" in caplog.text
 
 
 def test_an_autoencoder_sees_every_view(folder, tmp_path):

@@ -208,3 +208,24 @@ def test_datasets_from_disk(tmp_path):
     assert (len(source), image.mode, captions) == (3, "RGB", ["b"])
     with pytest.raises(ValueError, match="no column 'caption'; it has image, text"):
         folder_source(tmp_path / "d", caption_column="caption")
+
+
+def test_metadata_in_parquet(tmp_path, caplog):
+    import pyarrow
+    import pyarrow.parquet
+
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    table = {"file_name": ["a.png", "b.png"], "text": [["a caption", "another"], ["b"]]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "metadata.parquet")
+    assert [source_captions for _, source_captions in map(folder_source(tmp_path).__getitem__, range(2))] == [
+        ["a caption", "another"],
+        ["b"],
+    ]
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,from csv\n")
+    assert folder_source(tmp_path)[0][1] == ["from csv"]
+    assert "read from metadata.csv, not from metadata.parquet" in caplog.text
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1 and nothing")
+    with pytest.raises(ValueError, match=r"metadata\.parquet cannot be read as parquet"):
+        folder_source(tmp_path)

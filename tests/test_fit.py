@@ -30,7 +30,8 @@ from train.checkpoint import load_checkpoint
 from train.command import RunFailed
 from train.data import DataConfig, open_source
 from train.diffusion import DiffusionRecipe, LatentDiffusion, ObjectiveConfig
-from train.latents import Bucket, CacheKey, Latents, compute_latents
+from train.encoding import compute_latents
+from train.latents import Bucket, CacheKey, Latents
 from train.loop import fit
 from train.optim import OptimConfig
 from train.plan import Draw, Plan, normal
@@ -184,13 +185,16 @@ def test_golden_losses(tmp_path, autoencoder):
 FLOW = ObjectiveConfig(prediction="flow", timestep_density="logit_normal", timestep_shift=3.0)
 
 
-@pytest.mark.parametrize("objective", [ObjectiveConfig(), FLOW])
+BALANCED = ObjectiveConfig(weight="none", uncertainty=True)
+
+
+@pytest.mark.parametrize("objective", [ObjectiveConfig(), FLOW, BALANCED])
 def test_diffusion_learns_one_batch(tmp_path, autoencoder, objective):
     optim = replace(OPTIM, lr=1e-2)
     recipe = diffusion_recipe(tmp_path / "run", steps=60, optim=optim, objective=objective)
     task = LatentDiffusion(recipe, autoencoder, latents(count=4))
     fit(task, recipe)
-    curve = [line["loss"] for line in losses(tmp_path / "run")]
+    curve = [line.get("error", line["loss"]) for line in losses(tmp_path / "run")]
     assert sum(curve[-10:]) < 0.8 * sum(curve[:10])
     pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "run/model")
     assert pipe.scheduler.prediction == objective.prediction

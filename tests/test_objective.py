@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.objective import WEIGHTS, diffusion_loss, min_snr, p2, soft_min_snr, stratified_timesteps
+from ldm.objective import (
+    WEIGHTS,
+    Uncertainty,
+    diffusion_loss,
+    min_snr,
+    p2,
+    soft_min_snr,
+    stratified_timesteps,
+)
 from ldm.schedule import Level, NoiseSchedule, to_x0
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -132,6 +140,25 @@ def test_an_area_weight_makes_a_weighted_mean():
     weighed = diffusion_loss(*args, area_weight=area_weight)
     assert weighed.tolist() == pytest.approx(means, rel=1e-6)
     assert weighed[0].item() == pytest.approx(diffusion_loss(*args)[0].item(), rel=1e-6)
+
+
+def test_uncertainty_learns_the_mean_loss_of_each_timestep():
+    uncertainty = Uncertainty(1000)
+    optimizer = torch.optim.Adam(uncertainty.parameters(), lr=0.01)
+    rng = torch.Generator().manual_seed(0)
+    t = torch.arange(1000)
+    assert torch.equal(uncertainty(t), torch.zeros(1000))
+    mean = 0.05 + (t / 1000) ** 2
+    for _ in range(500):
+        drawn = torch.randint(1000, (256,), generator=rng)
+        loss = mean[drawn] * (0.5 + torch.rand(256, generator=rng))
+        optimizer.zero_grad()
+        uncertainty.balance(loss, drawn).mean().backward()
+        optimizer.step()
+    assert ((uncertainty(t).exp() / mean).log().abs() < 0.25).float().mean() > 0.95
+    level = uncertainty(t[500:501]).detach().requires_grad_()
+    balanced = (torch.full((1,), 0.3) / level.exp() + level).sum()
+    assert torch.equal(uncertainty.balance(torch.full((1,), 0.3), t[500:501]).sum(), balanced)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 1000, 1700])

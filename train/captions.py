@@ -1,11 +1,11 @@
-"""The captions of a folder of pictures: metadata.jsonl, metadata.csv, or a .txt beside each picture."""
+"""The captions of a folder of pictures: metadata.jsonl, .csv or .parquet, or a .txt beside each picture."""
 
 from __future__ import annotations
 
 import csv
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ MAX_CAPTION = 20_000  # characters; far more than any text encoder reads
 
 def read_captions(folder: Path, column: str) -> dict[str, list[str]]:
     """Captions by file name. Raises ValueError, naming the first ten, where files and captions disagree."""
-    if (folder / "metadata.jsonl").exists():
-        rows = read_jsonl(folder / "metadata.jsonl")
-    elif (folder / "metadata.csv").exists():
-        rows = read_csv(folder / "metadata.csv")
+    kept = [name for name in READERS if (folder / name).exists()]
+    if kept:
+        rows = READERS[kept[0]](folder / kept[0])
+        if kept[1:]:
+            log.warning("%s: captions are read from %s, not from %s", folder, kept[0], " or ".join(kept[1:]))
     else:
         pictures = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
         rows = [
@@ -33,8 +34,8 @@ def read_captions(folder: Path, column: str) -> dict[str, list[str]]:
         ]
         if not rows:
             raise ValueError(
-                f"{folder} holds no captioned picture: put a metadata.jsonl or metadata.csv with the columns "
-                f"file_name and {column} into it, or a .txt beside each picture"
+                f"{folder} holds no captioned picture: put a metadata.jsonl, .csv or .parquet with the "
+                f"columns file_name and {column} into it, or a .txt beside each picture"
             )
         if len(rows) < len(pictures):
             without = len(pictures) - len(rows)
@@ -85,6 +86,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"{path} line {number} is no JSON object: {line[:80]}")
             rows.append(dict(row))
     return rows
+
+
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet  # half a second, and few folders need it
+
+    try:
+        return list(pyarrow.parquet.read_table(path).to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as parquet: {error}") from None
+
+
+READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    "metadata.jsonl": read_jsonl,
+    "metadata.csv": read_csv,
+    "metadata.parquet": read_parquet,
+}
 
 
 def clean_captions(value: object) -> list[str]:

@@ -26,6 +26,7 @@ class Source(Protocol):
     """Captioned pictures by index; `description` changes whenever what an index holds may have changed."""
 
     description: str
+    rejected: Mapping[str, str]  # what cannot be used and is left out, and why
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]: ...
@@ -56,7 +57,7 @@ class DataConfig:
     split: Literal["train", "held_out"] = "train"  # held_out: combinations that training never shows
     dataset_config: str | None = None  # of a dataset that has several: the name of one
     image_column: str = "image"  # of a dataset
-    caption_column: str = "text"  # of a dataset, metadata.jsonl or metadata.csv
+    caption_column: str = "text"  # of a dataset, or of a folder's metadata file
     dataset_split: str = "train"  # of a dataset
     max_bad_fraction: float = 0.01  # of a folder's pictures that may be unreadable and are left out
 
@@ -120,6 +121,7 @@ class Scenes:
             config.split,
         )
         self.length = config.length
+        self.rejected: Mapping[str, str] = {}
         self.description = (
             f"{config.source} scenes, seed {config.scene_seed}, {config.size} px, {config.split}, "
             f"{self.length} of {', '.join(self.scenes.subjects)}, {self.scenes.drawing}"
@@ -229,6 +231,7 @@ class HubDataset:
         if not len(table):
             raise ValueError(f"{config.source} {config.dataset_split} has no rows")
         self.table, self.config = table, config
+        self.rejected: Mapping[str, str] = {}
         self.files = table.cast_column(config.image_column, datasets.Image(decode=False))
         self.description = f"{config.source} {config.dataset_split}, {config.size} px, {table._fingerprint}"
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import empty_model, load_model
 from ldm.noise import generator
-from ldm.objective import WEIGHTS, diffusion_loss, stratified_timesteps
+from ldm.objective import WEIGHTS, Uncertainty, diffusion_loss, stratified_timesteps
 from ldm.options import Defaults
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.scheduler import Scheduler
@@ -42,6 +42,7 @@ class ObjectiveConfig:
     timestep_shift: float = 1.0  # of the timesteps drawn; below 1: less noise, which small latents want
     caption_dropout: float = 0.1  # of the samples get the empty prompt, which guidance needs
     offset_noise: float = 0.0  # deviation of noise that is the same all over a channel; zero SNR does better
+    uncertainty: bool = False  # learn the mean loss of each noise level, so that all count alike (EDM2)
     mask_weight: float = 1.0  # of an error within a figure or an opaque pixel; around them it weighs 1
     input_perturbation: float = 0.0  # of more noise that the UNet sees and is not asked for; 0.1 in the paper
 
@@ -52,6 +53,10 @@ class ObjectiveConfig:
             )
         if self.weight not in WEIGHTS:
             raise ValueError(f"objective.weight={self.weight!r} is not one of {', '.join(WEIGHTS)}")
+        if self.uncertainty and self.weight != "none":
+            raise ValueError(
+                f"objective.uncertainty takes back what objective.weight={self.weight!r} does: set it to none"
+            )
         if not 0.01 <= self.timestep_shift <= 100:
             raise ValueError(
                 f"objective.timestep_shift={self.timestep_shift}: expected 0.01 to 100; 1 is even"
@@ -228,6 +233,7 @@ class Diffusion(nn.Module):
         self.unet = unet
         self.schedule, self.kind = scheduler.schedule, scheduler.prediction
         self.weight = WEIGHTS[recipe.objective.weight]
+        self.uncertainty = Uncertainty(len(self.schedule.alpha)) if recipe.objective.uncertainty else None
         self.encode: Callable[[Tensor], Tensor]
         if recipe.text_encoder.train:
             self.text_encoder = text_encoder
@@ -250,7 +256,9 @@ class Diffusion(nn.Module):
         loss = diffusion_loss(
             self.unet, self.schedule, x0, context, self.kind, noise, t, self.weight, perturbation, area_weight
         )
-        return loss, {}
+        if self.uncertainty is None:
+            return loss, {}
+        return self.uncertainty.balance(loss, t), {"error": loss}
 
 
 def frozen(text_encoder: CLIPTextEncoder) -> Callable[[Tensor], Tensor]:

@@ -19,7 +19,8 @@ if __package__ in (None, ""):  # run as a file: the packages lie one folder abov
 from train.command import command
 from train.config import parse
 from train.data import DataConfig
-from train.latents import autoencoder_folder, compute_latents
+from train.encoding import compute_latents
+from train.latents import autoencoder_folder
 
 
 @dataclass(frozen=True, kw_only=True)

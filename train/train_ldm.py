@@ -27,7 +27,8 @@ from train.command import command
 from train.config import parse, read_recipe
 from train.contrastive import Contrastive, ContrastiveRecipe
 from train.diffusion import DiffusionRecipe, LatentDiffusion
-from train.latents import Latents, autoencoder_folder, compute_latents
+from train.encoding import compute_latents
+from train.latents import Latents, autoencoder_folder
 from train.loop import fit
 from train.state import Outcome
 from train.text import build_text_encoder

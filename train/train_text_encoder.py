@@ -19,7 +19,8 @@ if __package__ in (None, ""):  # run as a file: the packages lie one folder abov
 from train.command import command
 from train.config import parse
 from train.contrastive import Contrastive, ContrastiveRecipe
-from train.latents import autoencoder_folder, compute_latents
+from train.encoding import compute_latents
+from train.latents import autoencoder_folder
 from train.loop import fit
 
 DEFAULT = "configs/shapes-text-encoder.yaml"

@@ -1,0 +1,207 @@
+"""Pictures to latents, once: every shard that a cache lacks is encoded, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from autoencoder.vae import AutoencoderKL
+from ldm.checkpoint import load_model
+from ldm.config import read_json, replacing, write_json
+from train.buckets import crop_corner, frame, views
+from train.checkpoint import weights_sha256
+from train.data import DataConfig, Source, open_source, sort_source
+from train.latents import CacheKey, Latents, Shard, read_header, read_latents
+from train.loop import cpu_only
+from train.pictures import to_tensor
+
+log = logging.getLogger(__name__)
+SHARD = 4096  # pictures a file
+BATCH = 32  # pictures encoded at a time
+
+
+def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bool = False) -> Latents:
+    """The latents of the data by this autoencoder, read from `folder`, where missing ones are computed first.
+
+    masks: with the share of each latent cell that is of what the picture is about, a file of its own a shard.
+    Ranks share the shards. Raises ValueError, with both sides, if `folder` holds latents of something else.
+    """
+    state = PartialState(cpu=cpu_only())
+    source = open_source(data)
+    buckets = sort_source(source, data)
+    vae = load_model(AutoencoderKL, autoencoder).to(state.device)
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for size in buckets.sizes:
+        if size.width % vae.downsample_factor or size.height % vae.downsample_factor:
+            raise ValueError(
+                f"pictures of {size} are not multiples of {vae.downsample_factor} pixels, the autoencoder's "
+                "factor: mend data.size or data.side_multiple"
+            )
+    counts = [[*size, len(members)] for size, members in zip(buckets.sizes, buckets.members, strict=True)]
+    key = CacheKey(
+        encoder_sha256(vae),
+        source.description,
+        vae.config.latent_channels,
+        vae.downsample_factor,
+        counts,
+        len(views(0, data.crops, data.flip)),
+    )
+    check_key(folder, key)
+    if state.is_main_process and not (folder / "cache.json").exists():
+        write_json(folder / "cache.json", asdict(key))
+    pieces = [
+        (size, members[first : first + SHARD])
+        for size, members in zip(buckets.sizes, buckets.members, strict=True)
+        for first in range(0, len(members), SHARD)
+    ]
+    shards = [Shard(number, *piece) for number, piece in enumerate(pieces)]
+    missing = [shard for shard in shards if not shard.path(folder).exists()]
+    state.wait_for_everyone()  # no rank writes a shard before all have counted
+    if state.is_main_process and len(buckets.sizes) + len(buckets.dropped) > 1:
+        log.info("%d pictures in %d buckets\n%s", len(source), len(buckets.sizes), buckets.table())
+    if missing and state.is_main_process:
+        log.info("encoding %d pictures into %s", sum(len(shard.indices) for shard in missing), folder)
+    for shard in missing[state.process_index :: state.num_processes]:
+        write_shard(vae, source, data, shard, folder, state.device)
+    if masks and state.is_main_process:
+        write_masks(source, data, key, shards, folder)
+    state.wait_for_everyone()
+    return read_latents(folder, key, shards, masks, data.max_bad_fraction)
+
+
+def check_key(folder: Path, key: CacheKey) -> None:
+    """Raises ValueError if `folder` holds latents of another autoencoder or of other data."""
+    path = folder / "cache.json"
+    if not path.exists():
+        return
+    have = read_json(path)
+    for name, want in asdict(key).items():
+        if have.get(name) != want:
+            raise ValueError(
+                f"{folder} holds the latents of another {name}:\n  there  {have.get(name)}\n  wanted {want}\n"
+                "Delete the folder to compute them anew, or choose another output"
+            )
+
+
+def encoder_sha256(vae: AutoencoderKL) -> str:
+    """Of the weights that latents are a function of: those of encoder and quant_conv, by name."""
+    return weights_sha256(
+        {k: v for k, v in vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
+    )
+
+
+@torch.no_grad()
+def write_shard(
+    vae: AutoencoderKL, source: Source, data: DataConfig, shard: Shard, folder: Path, device: torch.device
+) -> None:
+    """Encode one shard's pictures into one file, captions in its header, whole or not at all.
+
+    The header also holds what a size conditioning wants to know of each view: the width and height of the
+    picture, and left and top of the crop in the picture as it was resized.
+    """
+    every = len(views(0, data.crops, data.flip))
+    cells = (shard.size.height // vae.downsample_factor, shard.size.width // vae.downsample_factor)
+    nothing = torch.zeros(0, every, vae.config.latent_channels, *cells, dtype=torch.float16)
+    parts: list[tuple[Tensor, Tensor]] = [(nothing, nothing)]  # where no picture can be decoded
+    indices: list[int] = []
+    captions: list[list[str]] = []
+    rejected: dict[int, str] = {}
+    progress = tqdm(
+        total=len(shard.indices),
+        unit="picture",
+        disable=not sys.stderr.isatty(),
+        desc=f"shard {shard.number}, {shard.size}",
+    )
+    with progress:
+        for batch in read_batches(source, data, shard):
+            rejected |= batch.rejected
+            progress.update(len(batch.indices) + len(batch.rejected))
+            if not batch.indices:
+                continue
+            posterior = vae.encode(torch.stack(batch.images).flatten(0, 1).to(device))
+            split = (len(batch.indices), every)
+            mean, std = posterior.mean.unflatten(0, split), posterior.std.unflatten(0, split)
+            parts.append((mean.half().cpu(), std.half().cpu()))
+            indices += batch.indices
+            captions += batch.captions
+    crops = []
+    for index in indices:
+        picture, all_views = source.size(index), views(index, data.crops, data.flip)
+        crops.append([[*picture, *crop_corner(picture, shard.size, view)] for view in all_views])
+    header = {
+        "indices": json.dumps(indices),
+        "captions": json.dumps(captions),
+        "crops": json.dumps(crops),
+        "rejected": json.dumps(rejected),
+    }
+    mean, std = (torch.cat(tensors).contiguous() for tensors in zip(*parts, strict=True))
+    with replacing(shard.path(folder)) as path:
+        save_file({"mean": mean, "std": std}, path, metadata=header)
+
+
+def write_masks(source: Source, data: DataConfig, key: CacheKey, shards: list[Shard], folder: Path) -> None:
+    """The masks of every shard that has none yet, averaged over the pixels of each latent cell."""
+    missing = [shard for shard in shards if not shard.path(folder, "masks").exists()]
+    todo = sum(len(shard.indices) for shard in missing)
+    with tqdm(total=todo, unit="mask", disable=not sys.stderr.isatty(), desc="masks") as progress:
+        for shard in missing:
+            cells = (shard.size.width // key.factor, shard.size.height // key.factor)
+            masks = []
+            for index in read_header(shard.path(folder))[0]:
+                mask = source.mask(index)
+                every = [frame(mask, shard.size, view) for view in views(index, data.crops, data.flip)]
+                masks.append(np.stack([np.array(one.resize(cells, Image.Resampling.BOX)) for one in every]))
+                progress.update()
+            mask_rows = np.stack(masks) if masks else np.zeros((0, key.views, *cells[::-1]), np.uint8)
+            with replacing(shard.path(folder, "masks")) as path:
+                save_file({"mask": torch.from_numpy(mask_rows)[:, :, None]}, path)
+
+
+class Read(NamedTuple):
+    """Some pictures: those that can be decoded, each (views, 3, H, W), and why the others cannot."""
+
+    indices: list[int]
+    images: list[Tensor]
+    captions: list[list[str]]
+    rejected: dict[int, str]
+
+
+def read_batches(source: Source, data: DataConfig, shard: Shard) -> Iterator[Read]:
+    """The pictures of a shard in order, one batch read ahead."""
+
+    def read(start: int) -> Read:
+        batch = Read([], [], [], {})
+        for index in shard.indices[start : start + BATCH]:
+            try:
+                image, captions = source[index]
+            except ValueError as error:
+                batch.rejected[index] = str(error)
+                continue
+            every = [frame(image, shard.size, view) for view in views(index, data.crops, data.flip)]
+            batch.images.append(torch.stack([to_tensor(one) for one in every]))
+            batch.indices.append(index)
+            batch.captions.append(captions)
+        return batch
+
+    starts = range(0, len(shard.indices), BATCH)
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(read, starts[0])
+        for later in [*starts[1:], None]:
+            batch = ahead.result()
+            if later is not None:
+                ahead = pool.submit(read, later)
+            yield batch
