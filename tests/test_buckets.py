@@ -184,7 +184,7 @@ def test_a_picture_that_cannot_be_decoded_is_set_aside(folder, tmp_path, caplog)
     torch.manual_seed(0)
     save_model(AutoencoderKL(VAE), tmp_path / "vae")
     data = DataConfig(source=str(folder), size=32, max_aspect=2.0, side_multiple=8)
-    with pytest.raises(ValueError, match=r"1 of 9 pictures cannot be decoded, more than(.|\n)*4\.png"):
+    with pytest.raises(ValueError, match=r"1 of 9 pictures in .* cannot be used, more than(.|\n)*4\.png"):
         compute_latents(data, tmp_path / "vae", tmp_path / "latents", masks=True)
     data = replace(data, max_bad_fraction=0.2)
     for _ in range(2):  # encoded, and read back
@@ -193,7 +193,7 @@ def test_a_picture_that_cannot_be_decoded_is_set_aside(folder, tmp_path, caplog)
         assert [bucket.indices for bucket in latents.buckets] == [[1, 7], [2, 5, 8], [0, 3, 6]]
         assert [len(bucket.mask) for bucket in latents.buckets] == [2, 3, 3]
         assert latents.captions[7] == ["picture 7"]
-        assert "1 of 9 pictures cannot be decoded and are left out" in caplog.text
+        assert "cannot be used and are left out; the first are\n  picture 4: " in caplog.text
 
 
 def test_an_autoencoder_sees_every_view(folder, tmp_path):

@@ -1,11 +1,10 @@
-"""Captioned pictures, read by index in any order: drawn scenes, a folder, a `datasets` name."""
+"""Captioned pictures, read by index in any order: drawn scenes, a folder, tars, a `datasets` name."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from PIL import Image
 
 from train.buckets import Buckets, Size, bucket_sizes, sort_into_buckets
 from train.captions import clean_captions, read_captions
-from train.pictures import opacity, open_checked, upright, upright_size
+from train.pictures import opacity, open_checked, tell_rejected, upright, upright_size
 from train.scenes import SceneSource
+from train.tars import Tars, is_tars
 
-log = logging.getLogger(__name__)
 STYLES = ("shapes", "pictograms")
 
 
@@ -41,7 +40,7 @@ class Source(Protocol):
 class DataConfig:
     """The pictures: what is drawn or read, and at which size."""
 
-    source: str = "shapes"  # shapes or pictograms (drawn), a folder with captions, or a `datasets` name
+    source: str = "shapes"  # shapes or pictograms (drawn), a folder with captions, tars, or a `datasets` name
     size: int = (
         64  # pixels; pictures are resized and cropped to squares of this side, or buckets of this area
     )
@@ -95,6 +94,8 @@ def open_source(config: DataConfig) -> Source:
     """The source that a recipe names. Raises ValueError when there is none or it holds no usable picture."""
     if config.source in STYLES:
         return Scenes(config)
+    if is_tars(config.source):
+        return Tars(config.source, config.caption_column, config.max_bad_fraction)
     path = Path(config.source)
     if path.is_dir() and not any(
         (path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")
@@ -159,13 +160,7 @@ class ImageFolder:
                     self.entries.append((name, captions[name]))
             except (OSError, SyntaxError, ValueError) as error:
                 self.rejected[name] = str(error)
-        lines = [f"\n  {name}: {why}" for name, why in list(self.rejected.items())[:10]]
-        problem = f"{len(self.rejected)} of {len(captions)} pictures in {folder} cannot be used"
-        if len(self.rejected) > config.max_bad_fraction * len(captions) or not self.entries:
-            limit = f"more than data.max_bad_fraction={config.max_bad_fraction}" if self.entries else "all"
-            raise ValueError(f"{problem}, {limit}; the first are" + "".join(lines))
-        if self.rejected:
-            log.warning("%s and are left out; the first are%s", problem, "".join(lines))
+        tell_rejected(str(folder), self.rejected, len(captions), config.max_bad_fraction)
         digest = hashlib.sha256()
         for name, texts in self.entries:
             digest.update(json.dumps([name, (folder / name).stat().st_size, texts]).encode())

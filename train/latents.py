@@ -7,7 +7,6 @@ encoder by the hash of its weights and the data by its description, so a stale c
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from train.buckets import Size
+from train.pictures import tell_rejected
 from train.plan import Draw, choose, normal, uniform
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -152,15 +150,8 @@ def read_latents(
         if masks:
             mask = read_shard(shard.path(folder, "masks"), {"mask": (*rows, 1, *cells)})["mask"]
         parts.setdefault(shard.size, []).append(Bucket(indices, tensors["mean"], tensors["std"], mask))
-    if rejected:
-        lines = [f"\n  {why}" for why in list(rejected.values())[:10]]
-        problem = f"{len(rejected)} of {len(rejected) + len(captions)} pictures cannot be decoded"
-        if len(rejected) > max_bad_fraction * (len(rejected) + len(captions)):
-            raise ValueError(
-                f"{problem}, more than data.max_bad_fraction={max_bad_fraction}; the first are"
-                + "".join(lines)
-            )
-        log.warning("%s and are left out; the first are%s", problem, "".join(lines))
+    named = {f"picture {index}": why for index, why in rejected.items()}
+    tell_rejected(str(folder), named, len(rejected) + len(captions), max_bad_fraction)
     return Latents([joined(bucket) for bucket in parts.values()], captions, key)
 
 

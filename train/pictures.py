@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -13,19 +16,20 @@ from torch import Tensor
 
 from train.buckets import Size
 
+log = logging.getLogger(__name__)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_PIXELS = 64_000_000  # of a file, read from its header before anything is decoded
 BACKGROUND = "white"  # what transparent pictures are laid on
 
 
-def open_checked(path: Path) -> Image.Image:
-    """The file opened, not yet decoded. Raises ValueError for what is no picture or has too many pixels."""
-    if path.stat().st_size == 0:
+def open_checked(file: Path | IO[bytes]) -> Image.Image:
+    """A file opened, not yet decoded. Raises ValueError for what is no picture or has too many pixels."""
+    if (file.stat().st_size if isinstance(file, Path) else file.seek(0, io.SEEK_END)) == 0:
         raise ValueError("the file is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            image = Image.open(path)
+            image = Image.open(file)
     except UnidentifiedImageError:
         raise ValueError("not a picture that Pillow knows") from None
     except Image.DecompressionBombError as error:
@@ -34,6 +38,19 @@ def open_checked(path: Path) -> Image.Image:
         image.close()
         raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} million pixels")
     return image
+
+
+def tell_rejected(where: str, rejected: Mapping[str, str], count: int, max_bad_fraction: float) -> None:
+    """Says which of `count` pictures are left out. Raises ValueError if these are too many, or all."""
+    if not count:
+        raise ValueError(f"{where} holds no captioned picture")
+    lines = [f"\n  {name}: {why}" for name, why in list(rejected.items())[:10]]
+    problem = f"{len(rejected)} of {count} pictures in {where} cannot be used"
+    if len(rejected) > max_bad_fraction * count or len(rejected) == count:
+        limit = "all" if len(rejected) == count else f"more than data.max_bad_fraction={max_bad_fraction}"
+        raise ValueError(f"{problem}, {limit}; the first are" + "".join(lines))
+    if rejected:
+        log.warning("%s and are left out; the first are%s", problem, "".join(lines))
 
 
 def upright(image: Image.Image) -> Image.Image:

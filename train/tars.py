@@ -1,0 +1,242 @@
+"""Tars in the layout of webdataset, local or anywhere fsspec reaches, read by index without being unpacked.
+
+A sample is the files of one name up to its first dot: a picture and a `.txt`, `.caption` or `.json` with its
+caption. Where each lies is found once, a tar at a time, and kept in the user's cache folder; the index of a
+tar that has changed since is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
+
+import fsspec
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.config import replacing
+from train.buckets import Size
+from train.captions import clean_captions
+from train.pictures import IMAGE_SUFFIXES, opacity, open_checked, tell_rejected, upright, upright_size
+
+log = logging.getLogger(__name__)
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")
+FORMAT = 1  # of an index; raised when what it holds changes
+ATTEMPTS = 4  # at reading from a place that is not local
+
+
+class TarSample(NamedTuple):
+    """Where a picture lies, and what was read of it when the index was made."""
+
+    name: str
+    offset: int  # in the tar, in bytes
+    length: int
+    size: Size
+    captions: list[str]
+
+
+class TarIndex(NamedTuple):
+    """What a tar holds. stamp: changes when the tar does."""
+
+    path: str
+    stamp: str
+    samples: list[TarSample]
+    rejected: dict[str, str]
+
+
+class Tars:
+    """The samples of one or many tars. `source` may hold braces, `part-{000..099}.tar`, or stars."""
+
+    def __init__(self, source: str, caption_column: str, max_bad_fraction: float) -> None:
+        paths = find_tars(source)
+        many = len(paths) > 1 and sys.stderr.isatty()
+        bar = tqdm(paths, unit="tar", desc="reading where samples lie", disable=not many)
+        self.indices = [index_of(path, caption_column) for path in bar]
+        self.rejected = {
+            f"{index.path}: {name}": why for index in self.indices for name, why in index.rejected.items()
+        }
+        self.entries = [(index.path, sample) for index in self.indices for sample in index.samples]
+        tell_rejected(source, self.rejected, len(self.entries) + len(self.rejected), max_bad_fraction)
+        stamps = hashlib.sha256(repr([(index.path, index.stamp) for index in self.indices]).encode())
+        self.description = f"{len(self.entries)} pictures in {len(paths)} tars, {stamps.hexdigest()[:16]}"
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
+        return self.read(index, upright), self.entries[index][1].captions
+
+    def mask(self, index: int) -> Image.Image:
+        return self.read(index, opacity)
+
+    def size(self, index: int) -> Size:
+        return self.entries[index][1].size
+
+    def read(self, index: int, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+        """What `convert` makes of a picture. Raises ValueError if it cannot be decoded."""
+        path, sample = self.entries[index]
+        content = read_part(path, sample.offset, sample.length)
+        try:
+            with open_checked(io.BytesIO(content)) as image:
+                return convert(image)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{sample.name} in {path} cannot be decoded: {error}") from error
+
+
+def is_tars(source: str) -> bool:
+    """Whether data.source names tars: by its ending, or as a folder of them."""
+    return source.endswith(".tar") or (Path(source).is_dir() and any(Path(source).glob("*.tar")))
+
+
+def find_tars(source: str) -> list[str]:
+    """The paths or addresses that a source names, sorted. Raises ValueError if there are none."""
+    if Path(source).is_dir():
+        source = f"{source}/*.tar"
+    found = []
+    for pattern in expand_braces(source):
+        if "*" in pattern:
+            files, path = fsspec.core.url_to_fs(pattern)
+            found += [files.unstrip_protocol(one) if is_remote(pattern) else one for one in files.glob(path)]
+        else:
+            found.append(pattern)
+    if not found:
+        raise ValueError(f"data.source={source!r} names no tar")
+    return sorted(found)
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """`a-{08..10}` to a-08, a-09 and a-10; `{a,b}` to a and b; any number of them."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        yield pattern
+        return
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if numbers:
+        width = len(numbers[1])
+        parts = [f"{number:0{width}}" for number in range(int(numbers[1]), int(numbers[2]) + 1)]
+    else:
+        parts = match[1].split(",")
+    for part in parts:
+        yield from expand_braces(pattern[: match.start()] + part + pattern[match.end() :])
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path and not path.startswith(("file://", "local://"))
+
+
+def patiently(path: str, read: Callable[[], Any]) -> Any:
+    """What `read` gives; from a remote place it is asked up to ATTEMPTS times, with longer and longer pauses.
+
+    Raises OSError, naming the place, if none succeeds: the run ends and can be resumed.
+    """
+    attempts = ATTEMPTS if is_remote(path) else 1
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(0.5 * 4 ** (attempt - 1))
+        try:
+            return read()
+        except (OSError, ImportError, ValueError, tarfile.TarError) as error:
+            reason = error
+            log.debug("%s, attempt %d: %s", path, attempt + 1, error)
+    again = f" after {attempts} attempts" if attempts > 1 else ""
+    raise OSError(f"{path} cannot be read{again}: {reason}") from reason
+
+
+def read_part(path: str, offset: int, length: int) -> bytes:
+    """Some bytes of a file. Raises OSError if they cannot be had."""
+
+    def read() -> bytes:
+        with fsspec.open(path, "rb") as file:
+            file.seek(offset)
+            content = file.read(length)
+        if len(content) < length:
+            raise OSError(f"it ends at byte {offset + len(content)}, within a sample")
+        return bytes(content)
+
+    return patiently(path, read)
+
+
+def stamp_of(path: str) -> str:
+    """Size and time of a file, or what else its place knows of its content."""
+    files, name = fsspec.core.url_to_fs(path)
+    info = files.info(name)
+    return str([info.get(key) for key in ("size", "mtime", "LastModified", "ETag", "etag", "updated")])
+
+
+def index_of(path: str, caption_column: str) -> TarIndex:
+    """The index of a tar, from the cache folder unless stale. Raises OSError if it cannot be read."""
+    stamp = patiently(path, lambda: stamp_of(path))
+    absolute = path if "://" in path else str(Path(path).absolute())
+    key = hashlib.sha256(repr((FORMAT, absolute, caption_column)).encode()).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / f"tar-{key[:24]}.json"
+    try:
+        kept = json.loads(cache.read_text(encoding="utf-8"))
+        if kept["stamp"] == stamp:
+            samples = [
+                TarSample(name, offset, length, Size(*size), captions)
+                for name, offset, length, size, captions in kept["samples"]
+            ]
+            return TarIndex(path, stamp, samples, kept["rejected"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # there is none, or one that was cut: it is made anew
+    index = patiently(path, lambda: build_index(path, stamp, caption_column))
+    try:
+        with replacing(cache) as temporary:
+            content = {"stamp": stamp, "samples": index.samples, "rejected": index.rejected}
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+    except OSError as error:
+        log.warning("the index of %s is not kept: %s", path, error)
+    return index
+
+
+def build_index(path: str, stamp: str, caption_column: str) -> TarIndex:
+    """Reads every header of a tar and every picture's, and all captions."""
+    pictures: dict[str, tuple[int, int, Size]] = {}
+    captions: dict[str, list[str]] = {}
+    rejected: dict[str, str] = {}
+    with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            place = PurePosixPath(member.name)
+            stem, _, suffix = place.name.partition(".")
+            name, suffix = str(place.parent / stem), f".{suffix.lower()}"
+            if not member.isfile() or not (suffix in IMAGE_SUFFIXES or suffix in CAPTION_SUFFIXES):
+                continue
+            content = tar.extractfile(member)
+            assert content is not None, "a file has content"
+            if suffix in CAPTION_SUFFIXES:
+                captions.setdefault(name, []).extend(read_caption(content, suffix, caption_column))
+                continue
+            try:
+                with open_checked(content) as image:
+                    pictures[name] = (member.offset_data, member.size, upright_size(image))
+            except (OSError, SyntaxError, ValueError) as error:
+                rejected[name] = str(error)
+    samples = []
+    for name, (offset, length, size) in pictures.items():
+        if captions.get(name):
+            samples.append(TarSample(name, offset, length, size, captions[name]))
+        else:
+            rejected[name] = f"it has no caption: no {', '.join(CAPTION_SUFFIXES)} of its name holds one"
+    return TarIndex(path, stamp, samples, rejected)
+
+
+def read_caption(content: BinaryIO | Any, suffix: str, column: str) -> list[str]:
+    """The captions in a file of a tar; none where it holds none."""
+    text = content.read().decode("utf-8", errors="replace")
+    if suffix != ".json":
+        return clean_captions(text)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return []
+    return clean_captions(value.get(column)) if isinstance(value, dict) else []
