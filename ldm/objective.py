@@ -138,6 +138,8 @@ class Uncertainty(nn.Module):
 
     def __init__(self, T: int, channels: int = 64) -> None:
         super().__init__()
+        self.frequencies: Tensor
+        self.phases: Tensor
         rng = generator("uncertainty")
         self.T = T
         self.register_buffer("frequencies", 4 * torch.randn(channels, generator=rng))

@@ -25,7 +25,7 @@ class Source(Protocol):
     """Captioned pictures by index; `description` changes whenever what an index holds may have changed."""
 
     description: str
-    rejected: Mapping[str, str]  # what cannot be used and is left out, and why
+    rejected: dict[str, str]  # what cannot be used and is left out, and why
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]: ...
@@ -122,7 +122,7 @@ class Scenes:
             config.split,
         )
         self.length = config.length
-        self.rejected: Mapping[str, str] = {}
+        self.rejected: dict[str, str] = {}
         self.description = (
             f"{config.source} scenes, seed {config.scene_seed}, {config.size} px, {config.split}, "
             f"{self.length} of {', '.join(self.scenes.subjects)}, {self.scenes.drawing}"
@@ -226,7 +226,7 @@ class HubDataset:
         if not len(table):
             raise ValueError(f"{config.source} {config.dataset_split} has no rows")
         self.table, self.config = table, config
-        self.rejected: Mapping[str, str] = {}
+        self.rejected: dict[str, str] = {}
         self.files = table.cast_column(config.image_column, datasets.Image(decode=False))
         self.description = f"{config.source} {config.dataset_split}, {config.size} px, {table._fingerprint}"
 
