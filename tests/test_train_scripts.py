@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from ldm.pipeline import LatentDiffusionPipeline
+from ldm.unet import UNet
 from tests.test_fit import OPTIM, ROOT, TEXT, VAE, Toy, diffusion_recipe, losses, state, toy_config
-from train import train_autoencoder
+from train import train_autoencoder, train_ldm
 from train.autoencoding import AutoencoderRecipe
 from train.checkpoint import load_checkpoint
 from train.config import to_yaml
@@ -174,3 +176,42 @@ def test_the_autoencoder_script_in_process(tmp_path, capsys):
     assert train_autoencoder.main(argv) == 75
     assert train_autoencoder.main(argv[:2]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "run/model")
+
+
+def test_a_plan_tells_what_every_stage_takes_and_leaves_nothing(tmp_path, capsys):
+    data, optim = DataConfig(size=16, length=6), replace(OPTIM, warmup_steps=1)
+    stage = AutoencoderRecipe(output="x", steps=2, batch_size=2, model=VAE, optim=optim)
+    (tmp_path / "autoencoder.yaml").write_text(to_yaml(stage))
+    contrastive = ContrastiveRecipe(
+        output="x",
+        autoencoder="x",
+        steps=4,
+        batch_size=2,
+        text_encoder=TEXT,
+        tower=(8,),
+        groups=4,
+        optim=optim,
+    )
+    (tmp_path / "text_encoder.yaml").write_text(to_yaml(contrastive))
+    recipe = diffusion_recipe(tmp_path / "run", steps=1000, batch_size=2, data=data, optim=optim)
+    recipe = replace(
+        recipe,
+        autoencoder=str(tmp_path / "autoencoder.yaml"),
+        text_encoder=replace(TEXT, path=str(tmp_path / "text_encoder.yaml"), train=False),
+    )
+    (tmp_path / "ldm.yaml").write_text(to_yaml(recipe))
+    assert train_ldm.main(["--config", str(tmp_path / "ldm.yaml"), "--plan", "true", "--price", "2.5"]) == 0
+    told = capsys.readouterr().out
+    unet = sum(p.numel() for p in UNet(recipe.unet).parameters())
+    assert f"UNet: {unet / 1e6:,.2f} M parameters trained" in told
+    mebibytes = {
+        part: float(size) for part, size in re.findall(r"(\w+) ([0-9.]+)(?=[,\n])", told.split("UNet")[1])
+    }
+    assert set(mebibytes) == {"weights", "gradients", "optimizer", "averages", "activations"}
+    assert [line.split(":")[0] for line in told.splitlines()[::2]][:3] == [
+        "autoencoder",
+        "text encoder",
+        "UNet",
+    ]
+    assert "at 2.5 an hour and rank; nothing was written" in told
+    assert not (tmp_path / "run").exists()

@@ -42,6 +42,8 @@ class FitConfig:
     validation_samples: int = 0  # held out of training; the loss on them says whether it learns by heart
     validate_every: int = 500  # optimizer steps between validations, by the averaged weights
     log_every: int = 20  # optimizer steps between lines of progress
+    plan: bool = False  # print what the run will take, from a probe of 20 steps, and end
+    price: float = 0.0  # of an hour of one rank, in any currency, for plan
     tracker: str | None = None  # beside metrics.jsonl: tensorboard, wandb or another that accelerate knows
 
     def __post_init__(self) -> None:
@@ -70,6 +72,8 @@ class FitConfig:
             exponent(width)
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes={self.max_minutes}: expected more than 0")
+        if not self.price >= 0:
+            raise ValueError(f"price={self.price}: expected 0 or more an hour")
         if not self.output:
             raise ValueError("output is empty: name the folder of the run")
 

@@ -28,6 +28,11 @@ DEFAULT = "configs/shapes-autoencoder.yaml"
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit code, 75 when stopped early and resumable."""
     recipe = parse(AutoencoderRecipe, sys.argv[1:] if argv is None else argv, DEFAULT, __doc__ or "")
+    if recipe.plan:
+        from train.planning import Stage, show_plan
+
+        show_plan([Stage("autoencoder", Autoencoding(recipe), recipe)], recipe.price)
+        return 0
     outcome = fit(Autoencoding(recipe), recipe)
     if outcome.finished:
         print(outcome.model)

@@ -17,6 +17,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
@@ -43,14 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if recipe.text_encoder.path and not is_recipe(recipe.text_encoder.path):
         build_text_encoder(recipe.text_encoder, [])  # a folder that holds none is found out now
     trained = recipe.autoencoder
+    if recipe.plan:
+        from train.planning import show_plan, stages_of
+
+        with TemporaryDirectory() as folder:
+            first = autoencoder_stage(recipe) if is_recipe(trained) else None
+            show_plan(stages_of(recipe, first, Path(folder)), recipe.price)
+        return 0
     if is_recipe(trained):
         outcome = train_autoencoder(recipe)
         if not outcome.finished:
             return outcome.exit_code
         trained = str(outcome.model)
     autoencoder = autoencoder_folder(trained)
-    folder = Path(recipe.latents or Path(recipe.output, "latents"))
-    latents = compute_latents(recipe.data, autoencoder, folder, masks=recipe.objective.mask_weight != 1)
+    cache = Path(recipe.latents or Path(recipe.output, "latents"))
+    latents = compute_latents(recipe.data, autoencoder, cache, masks=recipe.objective.mask_weight != 1)
     if is_recipe(recipe.text_encoder.path):
         outcome = train_text_encoder(recipe, autoencoder, latents)
         if not outcome.finished:
@@ -64,9 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_autoencoder(recipe: DiffusionRecipe) -> Outcome:
-    """The autoencoder's recipe on this run's data, in a folder of this run; returns at once if it is done."""
-    stage = stage_of(recipe, read_recipe(AutoencoderRecipe, recipe.autoencoder), "autoencoder")
+    """The autoencoder of the recipe, in a folder of this run; returns at once if it is done."""
+    stage = autoencoder_stage(recipe)
     return fit(Autoencoding(stage), stage)
+
+
+def autoencoder_stage(recipe: DiffusionRecipe) -> AutoencoderRecipe:
+    """The autoencoder's recipe on this run's data."""
+    return stage_of(recipe, read_recipe(AutoencoderRecipe, recipe.autoencoder), "autoencoder")
 
 
 def train_text_encoder(recipe: DiffusionRecipe, autoencoder: Path, latents: Latents) -> Outcome:

@@ -16,6 +16,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from autoencoder.vae import AutoencoderKL
+from ldm.checkpoint import load_model
 from train.command import command
 from train.config import parse
 from train.contrastive import Contrastive, ContrastiveRecipe
@@ -30,6 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit code, 75 when stopped early and resumable."""
     recipe = parse(ContrastiveRecipe, sys.argv[1:] if argv is None else argv, DEFAULT, __doc__ or "")
     autoencoder = autoencoder_folder(recipe.autoencoder)
+    if recipe.plan:
+        from train.planning import Stage, made_up, show_plan
+
+        model = load_model(AutoencoderKL, autoencoder).config
+        task = Contrastive(recipe, autoencoder, made_up(recipe.data, model))
+        show_plan([Stage("text encoder", task, recipe)], recipe.price)
+        return 0
     folder = Path(recipe.latents or Path(recipe.output, "latents"))
     outcome = fit(Contrastive(recipe, autoencoder, compute_latents(recipe.data, autoencoder, folder)), recipe)
     if outcome.finished:
