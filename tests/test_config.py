@@ -77,7 +77,8 @@ def test_command_line_overrides_the_recipe(tmp_path):
         (["--steps", "1", "--inner", "3"], "inner=3: expected a group of keys: lr, betas, names"),
         (["--steps", "1", "--inner.lr", "-1"], r"inner.lr=-1.0: expected more than 0"),
         ([], "steps has no default: set it in the recipe or as --steps"),
-        (["--steps"], "--steps needs a value"),
+        (["--steps"], "steps=True: expected int"),
+        (["--config"], "--config needs a file"),
         (["steps"], "unexpected argument 'steps'"),
         (["--config", "typo.yaml"], "no recipe typo.yaml; these come with the package: configs/"),
     ],
@@ -170,3 +171,9 @@ def test_learning_rate_is_a_function_of_the_step():
     assert learning_rate(cosine, 50, 100) == pytest.approx(0.25)
     assert learning_rate(cosine, 100, 100) == pytest.approx(0.0)
     assert learning_rate(OptimConfig(lr=0.5, warmup_steps=0, curve="constant"), 99, 100) == 0.5
+
+
+def test_a_flag_alone_is_true():
+    assert parse(Outer, ["--fast", "--steps", "1"], None, "").fast
+    assert parse(Outer, ["--steps", "1", "--fast"], None, "").fast
+    assert not parse(Outer, ["--steps", "1", "--fast", "false"], None, "").fast

@@ -200,7 +200,7 @@ def test_a_plan_tells_what_every_stage_takes_and_leaves_nothing(tmp_path, capsys
         text_encoder=replace(TEXT, path=str(tmp_path / "text_encoder.yaml"), train=False),
     )
     (tmp_path / "ldm.yaml").write_text(to_yaml(recipe))
-    assert train_ldm.main(["--config", str(tmp_path / "ldm.yaml"), "--plan", "true", "--price", "2.5"]) == 0
+    assert train_ldm.main(["--config", str(tmp_path / "ldm.yaml"), "--plan", "--price", "2.5"]) == 0
     told = capsys.readouterr().out
     unet = sum(p.numel() for p in UNet(recipe.unet).parameters())
     assert f"UNet: {unet / 1e6:,.2f} M parameters trained" in told

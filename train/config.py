@@ -182,6 +182,8 @@ def parse(cls: type[Config], argv: Sequence[str], default: str | None, about: st
         raise SystemExit(0)
     overrides = list(split_arguments(argv))
     files = [str(value) for key, value in overrides if key == "config"]
+    if ("config", True) in overrides:
+        raise ValueError("--config needs a file, see --help")
     if default is not None and not files:
         files = [default]
     values: dict[str, Any] = {}
@@ -203,7 +205,7 @@ def parse(cls: type[Config], argv: Sequence[str], default: str | None, about: st
 
 
 def split_arguments(argv: Sequence[str]) -> list[tuple[str, Any]]:
-    """`--a.b-c 1 --d=x` as [("a.b_c", 1), ("d", "x")]. Values are read as YAML."""
+    """`--a.b-c 1 --d=x --e` as [("a.b_c", 1), ("d", "x"), ("e", True)]. Values are read as YAML."""
     pairs, rest = [], list(argv)
     while rest:
         word = rest.pop(0)
@@ -211,9 +213,7 @@ def split_arguments(argv: Sequence[str]) -> list[tuple[str, Any]]:
             raise ValueError(f"unexpected argument {word!r}: options are written --key value, see --help")
         key, equals, text = word[2:].partition("=")
         if not equals:
-            if not rest:
-                raise ValueError(f"--{key} needs a value, see --help")
-            text = rest.pop(0)
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:

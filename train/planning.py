@@ -1,6 +1,6 @@
 """What a run will take: parameters, memory, arithmetic and time, from a probe that leaves no trace.
 
-`--plan true` on any training script. Every stage of the recipe is probed with new weights, and with made-up
+`--plan` on any training script. Every stage of the recipe is probed with new weights, and with made-up
 latents where it needs some: nothing is computed first.
 """
 
