@@ -41,9 +41,7 @@ class DataConfig:
     """The pictures: what is drawn or read, and at which size."""
 
     source: str = "shapes"  # shapes or pictograms (drawn), a folder with captions, tars, or a `datasets` name
-    size: int = (
-        64  # pixels; pictures are resized and cropped to squares of this side, or buckets of this area
-    )
+    size: int = 64  # pixels; pictures become squares of this side, or fill buckets of this area
     max_aspect: float = 1.0  # longest side of a bucket in shortest sides; 1: all pictures become squares
     side_multiple: int = 64  # pixels that divide both sides of a bucket that is no square
     max_enlargement: float | None = None  # pictures that a bucket enlarges more are left out
