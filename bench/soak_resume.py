@@ -60,7 +60,7 @@ UNET = UNetConfig(
     cross_attention_dim=24,
     dropout=0.1,  # draws from the global generator
 )
-DATA = DataConfig(size=16, length=50)  # more steps than an epoch, less than two
+DATA = DataConfig(size=16, length=50)  # a run is nearly five epochs
 
 
 def recipe(output: Path, optimizer: str, workers: int, **options: Any) -> DiffusionRecipe:
@@ -86,6 +86,7 @@ def start(run: DiffusionRecipe, autoencoder: Path, latents: Latents) -> int:
     if child:
         return child
     code = 1
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (progress)
     try:
         fit(LatentDiffusion(run, autoencoder, latents), run)
         code = 0
@@ -99,9 +100,12 @@ def hashes(folder: Path) -> dict[int, dict[str, str]]:
     """By step: the SHA-256 of every tensor file of the checkpoints that are whole."""
     found = {}
     for path in sorted((folder / "checkpoints").glob("step-????????")):
-        manifest = json.loads((path / "manifest.json").read_text())
-        sums = {name: entry["sha256"] for name, entry in manifest.items() if name.endswith(".safetensors")}
-        found[load_checkpoint(path).step] = sums
+        try:
+            step = load_checkpoint(path).step
+            manifest = json.loads((path / "manifest.json").read_text())
+        except (ValueError, OSError):  # the kill came while rotation removed it
+            continue
+        found[step] = {name: one["sha256"] for name, one in manifest.items() if name.endswith(".safetensors")}
     return found
 
 
@@ -111,11 +115,11 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "samples_per_second"} for line in lines]
 
 
-def finished(child: int) -> bool:
+def finished(child: int, folder: Path) -> bool:
     """Whether a child has ended. Raises RuntimeError if it failed."""
     done, status = os.waitpid(child, os.WNOHANG)
     if done and os.waitstatus_to_exitcode(status):
-        raise RuntimeError(f"the training failed with {os.waitstatus_to_exitcode(status)}")
+        raise RuntimeError(f"the training failed: {(folder / 'error.txt').read_text()}")
     return bool(done)
 
 
@@ -129,7 +133,6 @@ def main() -> int:
     parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"])
     args = parser.parse_args()
     logging.disable(logging.INFO)
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (the children's progress)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         return soak(Path(folder), args)
@@ -143,39 +146,46 @@ def soak(folder: Path, args: argparse.Namespace) -> int:
     whole = recipe(folder / "whole", args.optimizer, args.workers, keep_last=STEPS)
     begin = time.monotonic()
     child = start(whole, folder / "autoencoder", latents)
-    while not finished(child):
+    while not finished(child, folder / "whole"):
         time.sleep(0.01)
     length = time.monotonic() - begin
     wanted, lines = hashes(folder / "whole"), metrics(folder / "whole")
     print(f"the uninterrupted run: {STEPS} steps, {len(wanted)} checkpoints, {length:.1f} s", flush=True)
     run = recipe(folder / "run", args.optimizer, args.workers)
+    newest = 0
     while counts["kills"] < args.kills:
+        before = set((folder / "run/checkpoints").glob("*.tmp-*"))
         child, ended = start(run, folder / "autoencoder", latents), False
         deadline = time.monotonic() + rng.uniform(0, 0.6 * length)
         while time.monotonic() < deadline and not ended:
-            ended = finished(child)
+            ended = finished(child, folder / "run")
             time.sleep(0.0005)
         if not ended:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             counts["kills"] += 1
-            counts["in a save"] += any((folder / "run/checkpoints").glob("*.tmp-*"))
+            counts["in a save"] += bool(set((folder / "run/checkpoints").glob("*.tmp-*")) - before)
         left = hashes(folder / "run")
         good = all(wanted[step] == sums for step, sums in left.items())
+        good = good and max(left, default=0) >= newest  # nothing that was saved is lost
+        counts["of another run"] += not good
+        if max(left, default=0) > newest:
+            counts["went on"] += 1
+            counts["identical"] += good
+        newest = max(left, default=0)
         if ended:
-            good = good and STEPS in left and metrics(folder / "run") == lines
+            assert newest == STEPS, f"the run ended after step {newest}"
             counts["ends"] += 1
+            counts["identical ends"] += metrics(folder / "run") == lines
             shutil.rmtree(folder / "run")
-        counts["processes"] += 1
-        counts["identical"] += good
-        if not good:
-            print(f"after kill {counts['kills']} it is another run", flush=True)
+            newest = 0
     print(
-        f"{counts['kills']} kills, {counts['in a save']} of them within a save; {counts['ends']} runs came "
-        f"to their end; {counts['identical']} of {counts['processes']} processes left what the uninterrupted "
-        "run had left at the same step"
+        f"{counts['kills']} kills, {counts['in a save']} of them within a save. {counts['identical']} of "
+        f"{counts['went on']} processes that saved anything saved what the uninterrupted run had at that "
+        f"step; {counts['identical ends']} of {counts['ends']} runs that ended had the same metrics"
     )
-    return 0 if counts["identical"] == counts["processes"] else 1
+    same = counts["identical"] == counts["went on"] and counts["identical ends"] == counts["ends"]
+    return 0 if same and not counts["of another run"] else 1
 
 
 if __name__ == "__main__":

@@ -132,8 +132,9 @@ def diffusion_loss(
 class Uncertainty(nn.Module):
     """The logarithm u(t) of the mean loss at each timestep, learned beside the model.
 
-    Minimising loss / exp(u) + u makes exp(u) that mean, so all levels count alike, whatever their loss
-    (Karras et al. 2024, "EDM2", section on adaptive weighting). It starts as u = 0.
+    Minimising loss / exp(u) + u makes exp(u) that mean (Kendall et al. 2018, eq. 7), so all levels count
+    alike, whatever their loss, as in EDM2 (Karras et al. 2024). u is linear in random Fourier features of t
+    (Rahimi & Recht 2007) and starts as 0.
     """
 
     def __init__(self, T: int, channels: int = 64) -> None:
@@ -144,14 +145,12 @@ class Uncertainty(nn.Module):
         self.T = T
         self.register_buffer("frequencies", 4 * torch.randn(channels, generator=rng))
         self.register_buffer("phases", torch.rand(channels, generator=rng))
-        self.linear = nn.Linear(channels, 1, bias=False)
-        nn.init.zeros_(self.linear.weight)
+        self.weight = nn.Parameter(torch.zeros(channels))
 
     def forward(self, t: Tensor) -> Tensor:
         """u at timesteps t (B,): (B,) float32."""
         angles = t[:, None].float() / self.T * self.frequencies + self.phases
-        features = (2 * torch.pi * angles).cos() * 2**0.5
-        return self.linear(features)[:, 0].float()
+        return ((2 * torch.pi * angles).cos() * self.weight).sum(1)  # no product that autocast would round
 
     def balance(self, loss: Tensor, t: Tensor) -> Tensor:
         """What to minimise instead of losses (B,) at timesteps t (B,)."""

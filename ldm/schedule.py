@@ -84,6 +84,8 @@ class Timesteps:
 
         Raises ValueError if two timesteps share a level, as where more are asked for than there are levels.
         """
+        if (ratio == 0).any():
+            raise ValueError("a timestep at sigma = 0, where nothing is left to do: use trailing spacing")
         if not (ratio[:-1] > ratio[1:]).all():
             raise ValueError(f"{len(t)} steps share noise levels in this spacing: ask for fewer")
         alpha = torch.cat([(1 + ratio**2).rsqrt(), torch.tensor([end], dtype=torch.float64)])
@@ -146,7 +148,10 @@ def curve(first: Tensor, last: Tensor, count: int, spacing: str) -> Tensor:
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The forward process. alpha, sigma: (T,) float64, alpha**2 + sigma**2 = 1; t = 0 is the cleanest."""
+    """The forward process. alpha, sigma: (T,) float64, alpha**2 + sigma**2 = 1; t = 0 is the cleanest.
+
+    A rectified flow has T + 1 levels, the data among them.
+    """
 
     alpha: Tensor
     sigma: Tensor

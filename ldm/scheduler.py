@@ -214,6 +214,8 @@ class Scheduler:
     def timesteps(self, count: int, solver: str | None = None) -> Timesteps:
         """The grid that diffusers' class for this solver lays out under this configuration, for count steps.
 
+        A flow has one grid for all solvers.
+
         Raises ValueError for an unknown solver, and for a count that the schedule has no levels for.
         """
         name = solver or self.solver

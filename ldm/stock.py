@@ -134,11 +134,13 @@ def scheduler_json(config: Mapping[str, Any]) -> dict[str, Any]:
 def to_diffusers(pipe: LatentDiffusionPipeline) -> StableDiffusionPipeline:
     """diffusers' pipeline around the same weights, without a copy: a change in one is a change in both.
 
-    Its scheduler and tokenizer are new objects of the same configuration.
+    Its scheduler and tokenizer are new objects of the same configuration. Raises ValueError for a flow.
     """
     import diffusers
     import transformers
 
+    if pipe.scheduler.prediction == "flow":
+        raise ValueError("StableDiffusionPipeline of diffusers cannot draw with a model that predicts a flow")
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(config_json(pipe.unet))
         vae = diffusers.AutoencoderKL.from_config(config_json(pipe.vae))

@@ -41,7 +41,7 @@ def pairs() -> Latents:
         captions[k] = [f"a {COLOURS[colour]} {SUBJECTS[subject]} in snow"]
     mean = mean[:, None].half()
     bucket = Bucket(list(range(16)), mean, torch.full_like(mean, 0.02))
-    return Latents([bucket], captions, CacheKey("", "made up", 4, 2, [[16, 16, 16]], 1))
+    return Latents([bucket], captions, CacheKey("", "made up", 4, 2, [[16, 16, 16]], 1, False))
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_the_loss_is_that_of_clip(task):
 
     batch = task.batch(draws(7))
     loss, parts = task.module(**batch)
-    logits = task.contrast.similarity(**batch)
+    logits = task.contrast.similarity(batch["x0"], batch["tokens"])
     assert loss.shape == parts["found"].shape == (7,)
     torch.testing.assert_close(loss.mean(), image_text_contrastive_loss(logits.T))
     assert logits.abs().max() <= task.contrast.logit_scale.exp()  # cosines, scaled
@@ -101,3 +101,10 @@ def test_it_learns_every_word_and_a_recipe_takes_the_result(task, tmp_path):
 def test_recipes_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         replace(RECIPE, **options)
+
+
+def test_a_picture_that_comes_twice_is_not_told_from_itself(task):
+    batch = task.batch([Draw(index, 0, k, 3, 0) for k, index in enumerate([4, 9, 4])])
+    alone = task.batch([Draw(index, 0, k, 3, 0) for k, index in enumerate([4, 9])])
+    with torch.no_grad():
+        torch.testing.assert_close(task.module(**batch)[0][0], task.module(**alone)[0][0])

@@ -125,7 +125,19 @@ def latents(count: int = 12) -> Latents:
     mean = torch.randn(count, 1, 4, 8, 6, generator=rng).half()
     captions = {i: [CAPTIONS[i % 3], CAPTIONS[(i + 1) % 3]] for i in range(count)}
     bucket = Bucket(list(range(count)), mean, torch.full_like(mean, 0.1))
-    return Latents([bucket], captions, CacheKey("", "made up", 4, 2, [[12, 16, count]], 1))
+    return Latents([bucket], captions, CacheKey("", "made up", 4, 2, [[12, 16, count]], 1, False))
+
+
+def bucketed() -> Latents:
+    """Latents of two shapes and several views, one picture of which could not be decoded."""
+    rng = torch.Generator().manual_seed(0)
+    buckets = []
+    for indices, shape in (([0, 2, 4, 5, 9], (8, 6)), ([1, 3, 6], (4, 8))):
+        mean = torch.randn(len(indices), 4, 4, *shape, generator=rng).half()
+        buckets.append(Bucket(indices, mean, torch.full_like(mean, 0.1)))
+    captions = {i: [CAPTIONS[i % 3]] for bucket in buckets for i in bucket.indices}
+    key = CacheKey("", "made up", 4, 2, [[12, 16, 5], [16, 8, 4]], 2, True)
+    return Latents(buckets, captions, key)
 
 
 def diffusion_recipe(output: Path, **options: Any) -> DiffusionRecipe:
@@ -180,6 +192,39 @@ def test_golden_losses(tmp_path, autoencoder):
     measured = [line["loss"] for line in losses(tmp_path / "run")]
     golden = [float(line) for line in (ROOT / "tests/assets/loss_tiny.txt").read_text().split()]
     assert measured == pytest.approx(golden, rel=1e-4)
+
+
+def test_buckets_train_resume_and_validate(tmp_path, autoencoder):
+    """20 steps are 7 and 13 with batches of two shapes, and each shape has a loss of its own."""
+
+    def train(name: str, stop_after: int = 0) -> LatentDiffusion:
+        recipe = diffusion_recipe(tmp_path / name, steps=20, validation_samples=3, validate_every=10)
+        task = LatentDiffusion(recipe, autoencoder, bucketed())
+        seen = task.batch
+
+        def batch(draws: list[Draw]) -> dict[str, Tensor]:
+            if draws[0].step + 1 == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return seen(draws)
+
+        task.batch = batch
+        fit(task, recipe)
+        return task
+
+    task = train("whole")
+    train("halves", stop_after=7)
+    train("halves")
+    assert state(tmp_path / "halves", 20) == state(tmp_path / "whole", 20)
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    plan = Plan(task.buckets, 4, 0, held_out=3)
+    shapes = {tuple(task.batch(plan.batch(step))["x0"].shape) for step in range(8)}
+    assert shapes == {(4, 4, 8, 6), (4, 4, 4, 8)}
+    with torch.no_grad():
+        told, alone = task.validate(plan.validation), task.validate([plan.validation[0], []])
+    held = [len(bucket) for bucket in plan.validation]
+    assert min(held) > 0
+    assert told["loss"] == pytest.approx(np.average([told["loss_12x16"], told["loss_16x8"]], weights=held))
+    assert "loss_16x8" not in alone
 
 
 FLOW = ObjectiveConfig(prediction="flow", timestep_density="logit_normal", timestep_shift=3.0)

@@ -174,16 +174,20 @@ def test_flows_run_as_diffusers_does(shift, count):
     assert (ours - x).abs().max() <= 1e-5 * x.abs().max().clamp(min=1)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ["ddim", "euler", "heun", "dpmpp_2m", "unipc", "plms"])
 def test_every_solver_follows_a_flow(solver):
-    """To the same picture, with enough steps, where the model has learned one."""
-    target = draw(3)
+    """For data N(0, 0.5**2) the ODE takes noise x to x / 2; more steps come nearer, and no level is off."""
 
     def denoise(xt: Tensor, level: Level) -> Tensor:
-        return to_x0(to_flow(target, xt, level), xt, level, "flow")
+        gain = level.alpha * 0.25 / (level.alpha**2 * 0.25 + level.sigma**2)
+        return to_x0(to_flow(gain * xt, xt, level), xt, level, "flow")
 
-    tableau = Scheduler.default("flow").tableau(10, solver)
-    torch.testing.assert_close(sample(denoise, draw(-1), tableau, draw), target)
+    errors = []
+    for count in (10, 40):
+        end = sample(denoise, draw(-1), Scheduler.default("flow").tableau(count, solver), draw)
+        errors.append((end - draw(-1) / 2).abs().max().item())
+    assert errors[1] < 0.4 * errors[0]
+    assert errors[1] < 0.08
 
 
 @pytest.mark.parametrize(

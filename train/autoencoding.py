@@ -22,7 +22,7 @@ from train.buckets import Size, View, frame, views
 from train.config import to_mapping
 from train.data import DataConfig, Source, open_source
 from train.latents import autoencoder_folder
-from train.pictures import grid, to_images, to_tensor
+from train.pictures import grid, tell_rejected, to_images, to_tensor
 from train.plan import Draw, choose, fixed_draws, normal, spread, uniform
 from train.state import FitConfig
 
@@ -80,6 +80,7 @@ class Autoencoding:
         self.source: Source = open_source(recipe.data)
         self.length = len(self.source)
         self.buckets = [range(self.length)]
+        self.unreadable: dict[int, str] = {}  # pictures, as they are met
         torch.manual_seed(recipe.seed)  # initial weights
         self.vae = self.build()
         self.vae.encoder.requires_grad_(recipe.train_encoder)
@@ -91,6 +92,7 @@ class Autoencoding:
         self.latent_shape = (recipe.model.latent_channels, size // factor, size // factor)
         self.facts: Mapping[str, Any] = {
             "data": self.source.description,
+            "views": [recipe.data.crops, recipe.data.flip],
             "model": to_mapping(recipe.model),
             "loss": to_mapping(recipe.loss),
             "train_encoder": recipe.train_encoder,
@@ -119,9 +121,20 @@ class Autoencoding:
         return batch
 
     def image(self, index: int, view: View = View()) -> Tensor:  # noqa: B008 (a constant)
-        """One picture, a square whatever its buckets: (3, H, W)."""
-        size = self.recipe.data.size
-        return to_tensor(frame(self.source[index][0], Size(size, size), view))
+        """One picture, a square whatever its bucket: (3, H, W). The next one if it cannot be decoded.
+
+        Raises ValueError if too many cannot.
+        """
+        size, limit = self.recipe.data.size, self.recipe.data.max_bad_fraction
+        while True:
+            if index not in self.unreadable:
+                try:
+                    return to_tensor(frame(self.source[index][0], Size(size, size), view))
+                except ValueError as error:
+                    self.unreadable[index] = str(error)
+                    named = {f"picture {one}": why for one, why in self.unreadable.items()}
+                    tell_rejected(self.recipe.data.source, named, self.length, limit)
+            index = (index + 1) % self.length
 
     def validate(self, buckets: Sequence[Sequence[int]]) -> dict[str, float]:
         """The parts of the loss, and the PSNR in dB of the reconstruction through the mean."""

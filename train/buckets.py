@@ -8,8 +8,8 @@ free; a shape that fills less than LEAST_AREA of it is none).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -74,8 +74,9 @@ class Buckets:
 
     sizes: Sequence[Size]  # those that hold a picture, the narrowest first
     members: Sequence[Sequence[int]]  # indices in the source, growing
-    dropped: Sequence[int]  # pictures that would be enlarged too much
-    lost: Sequence[float]  # a bucket: the mean share of its pictures that is cut off
+    dropped: Sequence[int] = ()  # pictures that would be enlarged too much
+    lost: Sequence[float] = ()  # a bucket: the mean share of its pictures that is cut off
+    unreadable: Mapping[int, str] = field(default_factory=dict)  # pictures without a size, and why
 
     def table(self) -> str:
         """What is told before training: how many pictures go into which bucket, and what that costs them."""
@@ -88,13 +89,13 @@ class Buckets:
 
 
 def sort_into_buckets(
-    pictures: Sequence[Size], sizes: Sequence[Size], max_enlargement: float | None
+    pictures: Mapping[int, Size], sizes: Sequence[Size], max_enlargement: float | None
 ) -> Buckets:
-    """The buckets of a source whose pictures have these sizes. Raises ValueError if none is left."""
+    """The buckets of pictures by their index in the source. Raises ValueError if none is left."""
     members: list[list[int]] = [[] for _ in sizes]
     lost = [0.0] * len(sizes)
     dropped = []
-    for index, picture in enumerate(pictures):
+    for index, picture in pictures.items():
         bucket = nearest(picture, sizes)
         if max_enlargement is not None and enlargement(picture, sizes[bucket]) > max_enlargement:
             dropped.append(index)
@@ -126,7 +127,7 @@ class View(NamedTuple):
 
 
 def views(index: int, crops: int, flip: bool) -> list[View]:
-    """The views of picture `index`, always the same: the crop in the middle, then others anywhere."""
+    """The crops * (1 + flip) views of picture `index`, always the same: the middle, then others anywhere."""
     centres = [(0.5, 0.5)]
     for crop in range(1, crops):
         x, y = torch.rand(2, generator=generator("crop", index, crop)).tolist()
@@ -144,8 +145,12 @@ def frame(image: Image.Image, size: Size, view: View = View()) -> Image.Image:  
 
 
 def crop_corner(picture: Size, bucket: Size, view: View) -> tuple[int, int]:
-    """Left and top, in the resized picture, of what `frame` keeps: a size conditioning wants to know them."""
+    """Left and top of what `frame` keeps in the resized picture, which for a mirrored view is mirrored first.
+
+    A size conditioning wants to know them (Podell et al. 2023, SDXL, section 2.2).
+    """
     scale = enlargement(picture, bucket)
-    left = (picture.width * scale - bucket.width) * view.centre[0]
+    across = 1 - view.centre[0] if view.mirrored else view.centre[0]
+    left = (picture.width * scale - bucket.width) * across
     top = (picture.height * scale - bucket.height) * view.centre[1]
     return round(left), round(top)

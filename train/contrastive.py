@@ -81,10 +81,15 @@ class Contrast(nn.Module):
         scale = self.logit_scale.exp().clamp(max=100.0)
         return scale * F.normalize(self.tower(x0), dim=1) @ F.normalize(text, dim=1).T
 
-    def forward(self, x0: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss (B,), and whether each caption is nearest to its own picture. Every rank has its batch."""
+    def forward(self, x0: Tensor, tokens: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss (B,), and whether each caption is nearest to its own picture. Every rank has its batch.
+
+        index: (B,), of the picture: one that comes more than once is not told from itself.
+        """
         logits = self.similarity(x0, tokens)
         own = torch.arange(len(logits), device=logits.device)
+        same = (index[:, None] == index[None]) & (own[:, None] != own[None])
+        logits = logits.masked_fill(same, -torch.inf)
         rows, columns = (F.cross_entropy(each, own, reduction="none") for each in (logits, logits.T))
         return (rows + columns) / 2, {"found": (logits.argmax(0) == own).float()}
 
@@ -104,15 +109,18 @@ class Contrastive:
         self.facts: Mapping[str, Any] = {
             "data": latents.key.data,
             "autoencoder": latents.key.autoencoder,
+            "buckets": latents.key.buckets,
+            "views": [latents.key.crops, latents.key.flip],
             "text_encoder": text_facts(recipe.text_encoder, encoder, self.tokenizer),
             "tower": list(recipe.tower),
         }
 
     def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
-        """x0 (B, C, h, w) and tokens (B, L), of the same scenes."""
+        """x0 (B, C, h, w), tokens (B, L) and index (B,), of the same scenes."""
         return {
             "x0": self.vae.to_latents(self.latents.sample(draws)),
             "tokens": self.tokenizer(self.latents.choose_captions(draws)),
+            "index": torch.tensor([draw.index for draw in draws]),
         }
 
     def validate(self, buckets: Sequence[Sequence[int]]) -> dict[str, float]:

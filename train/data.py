@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -14,9 +15,9 @@ from PIL import Image
 
 from train.buckets import Buckets, Size, bucket_sizes, sort_into_buckets
 from train.captions import clean_captions, read_captions
-from train.pictures import opacity, open_checked, tell_rejected, upright, upright_size
+from train.pictures import UNREADABLE, opacity, open_checked, tell_rejected, upright, upright_size
 from train.scenes import SceneSource
-from train.tars import Tars, is_tars
+from train.tars import Tars, holds_only_tars
 
 STYLES = ("shapes", "pictograms")
 
@@ -33,7 +34,7 @@ class Source(Protocol):
         """What the picture is about, 255, and what is around it, 0: greys (L) of the picture's size."""
 
     def size(self, index: int) -> Size:
-        """Of the picture, in pixels, read from no more than its header."""
+        """Of the picture, in pixels, without decoding it. Raises ValueError if it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class DataConfig:
     size: int = 64  # pixels; pictures become squares of this side, or fill buckets of this area
     max_aspect: float = 1.0  # longest side of a bucket in shortest sides; 1: all pictures become squares
     side_multiple: int = 64  # pixels that divide both sides of a bucket that is no square
-    max_enlargement: float | None = None  # pictures that a bucket enlarges more are left out
+    max_enlargement: float | None = None  # times; pictures that their bucket enlarges more give no latents
     crops: int = 1  # of each picture that training sees: one in the middle, then some anywhere
     flip: bool = False  # mirror images too; not where captions tell left from right, or pictures hold words
     length: int = 100_000  # scenes in an epoch; folders and datasets have their own length
@@ -54,9 +55,9 @@ class DataConfig:
     split: Literal["train", "held_out"] = "train"  # held_out: combinations that training never shows
     dataset_config: str | None = None  # of a dataset that has several: the name of one
     image_column: str = "image"  # of a dataset
-    caption_column: str = "text"  # of a dataset, or of a folder's metadata file
+    caption_column: str = "text"  # of a dataset, of a folder's metadata file, or of .json files in tars
     dataset_split: str = "train"  # of a dataset
-    max_bad_fraction: float = 0.01  # of a folder's pictures that may be unreadable and are left out
+    max_bad_fraction: float = 0.01  # of the pictures that may be unreadable and are left out
 
     def __post_init__(self) -> None:
         if self.size < 8 or self.size % 8:
@@ -82,23 +83,33 @@ class DataConfig:
 
 
 def sort_source(source: Source, config: DataConfig) -> Buckets:
-    """The buckets of a source."""
+    """The buckets of a source. It reads every header, unless all pictures go into one bucket anyway."""
     sizes = bucket_sizes(config.size, config.side_multiple, config.max_aspect)
-    pictures = [source.size(index) for index in range(len(source))]
-    return sort_into_buckets(pictures, sizes, config.max_enlargement)
+    if len(sizes) == 1 and config.max_enlargement is None:
+        return Buckets(sizes, [range(len(source))])  # without a look at any picture
+    pictures, unreadable = {}, {}
+    for index in range(len(source)):
+        try:
+            pictures[index] = source.size(index)
+        except ValueError as error:
+            unreadable[index] = str(error)
+    return dataclasses.replace(
+        sort_into_buckets(pictures, sizes, config.max_enlargement), unreadable=unreadable
+    )
 
 
 def open_source(config: DataConfig) -> Source:
     """The source that a recipe names. Raises ValueError when there is none or it holds no usable picture."""
     if config.source in STYLES:
         return Scenes(config)
-    if is_tars(config.source):
-        return Tars(config.source, config.caption_column, config.max_bad_fraction)
+    tars = (config.source, config.caption_column, config.max_bad_fraction)
+    if config.source.endswith(".tar"):
+        return Tars(*tars)
     path = Path(config.source)
     if path.is_dir() and not any(
         (path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")
     ):
-        return ImageFolder(path, config)
+        return Tars(*tars) if holds_only_tars(path) else ImageFolder(path, config)
     if not path.exists() and (path.is_absolute() or config.source.startswith(".")):
         raise ValueError(
             f"no such folder {config.source}; data.source is {', '.join(STYLES)}, a folder or a dataset"
@@ -140,7 +151,7 @@ class Scenes:
 
 
 class ImageFolder:
-    """Pictures in a folder with captions in metadata.jsonl, metadata.csv, or a .txt beside each picture.
+    """Pictures in a folder with captions in metadata.jsonl, .csv or .parquet, or a .txt beside each picture.
 
     Unreadable pictures are found from their headers at the start, told in the log and listed in `rejected`.
     """
@@ -156,7 +167,7 @@ class ImageFolder:
                 with open_checked(folder / name) as image:
                     self.sizes.append(upright_size(image))
                     self.entries.append((name, captions[name]))
-            except (OSError, SyntaxError, ValueError) as error:
+            except UNREADABLE as error:
                 self.rejected[name] = str(error)
         tell_rejected(str(folder), self.rejected, len(captions), config.max_bad_fraction)
         digest = hashlib.sha256()
@@ -184,7 +195,7 @@ class ImageFolder:
         try:
             with open_checked(self.folder / name) as image:
                 return convert(image)
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for files cut in the middle
+        except UNREADABLE as error:
             raise ValueError(
                 f"{self.folder / name} cannot be decoded: {error}; delete it or its caption"
             ) from error
@@ -241,11 +252,12 @@ class HubDataset:
     def size(self, index: int) -> Size:
         file = self.files[index][self.config.image_column]
         try:
-            if file is None:
+            if file is None or (file["bytes"] is None and file["path"] is None):
                 raise ValueError("it is null")
-            with Image.open(file["path"] if file["bytes"] is None else io.BytesIO(file["bytes"])) as image:
+            place = Path(file["path"]) if file["bytes"] is None else io.BytesIO(file["bytes"])
+            with open_checked(place) as image:
                 return upright_size(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise self.undecodable(index, error) from error
 
     def read(
@@ -257,7 +269,7 @@ class HubDataset:
             if row[self.config.image_column] is None:
                 raise ValueError("it is null")
             return convert(row[self.config.image_column]), row
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise self.undecodable(index, error) from error
 
     def undecodable(self, index: int, error: Exception) -> ValueError:

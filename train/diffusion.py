@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import empty_model, load_model
 from ldm.noise import generator
-from ldm.objective import WEIGHTS, Uncertainty, diffusion_loss, stratified_timesteps
+from ldm.objective import DENSITIES, WEIGHTS, Uncertainty, diffusion_loss, stratified_timesteps
 from ldm.options import Defaults
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.scheduler import Scheduler
@@ -35,10 +35,10 @@ LEVELS = 8  # timesteps of a validation
 class ObjectiveConfig:
     """What the UNet predicts, at which noise, and what each error weighs."""
 
-    prediction: Literal["v", "eps", "x0", "flow"] = "v"  # flow: rectified flow, with its own schedule
-    zero_terminal_snr: bool = True  # the noisiest level is pure noise; not with eps
-    weight: str = "min_snr"  # of the loss, by the noise level: a name in WEIGHTS of ldm/objective.py
-    timestep_density: Literal["uniform", "logit_normal"] = "uniform"  # logit_normal: most in the middle
+    prediction: Literal["v", "eps", "x0", "flow"] = "v"  # flow: rectified flow, not for stock diffusers
+    zero_terminal_snr: bool = True  # the noisiest level is pure noise; not with eps, always with flow
+    weight: str | None = None  # of the loss, by the noise level: a name in WEIGHTS; null: what suits the rest
+    timestep_density: str = "uniform"  # or logit_normal, most in the middle: a name in DENSITIES
     timestep_shift: float = 1.0  # of the timesteps drawn; below 1: less noise, which small latents want
     caption_dropout: float = 0.1  # of the samples get the empty prompt, which guidance needs
     offset_noise: float = 0.0  # deviation of noise that is the same all over a channel; zero SNR does better
@@ -51,11 +51,11 @@ class ObjectiveConfig:
             raise ValueError(
                 "objective.prediction=eps with zero_terminal_snr: pure noise tells nothing, use v"
             )
-        if self.weight not in WEIGHTS:
+        if self.weight is not None and self.weight not in WEIGHTS:
             raise ValueError(f"objective.weight={self.weight!r} is not one of {', '.join(WEIGHTS)}")
-        if self.uncertainty and self.weight != "none":
+        if self.uncertainty and self.weight not in (None, "none"):
             raise ValueError(
-                f"objective.uncertainty takes back what objective.weight={self.weight!r} does: set it to none"
+                f"objective.uncertainty takes back what objective.weight={self.weight!r} does: leave it out"
             )
         if not 0.01 <= self.timestep_shift <= 100:
             raise ValueError(
@@ -66,10 +66,18 @@ class ObjectiveConfig:
                 raise ValueError(f"objective.{name}={getattr(self, name)}: expected 0, or up to 1")
         if not 1 <= self.mask_weight <= 1000:
             raise ValueError(f"objective.mask_weight={self.mask_weight}: expected 1 to 1000; 1 is even")
+        if self.timestep_density not in DENSITIES:
+            known = ", ".join(DENSITIES)
+            raise ValueError(f"objective.timestep_density={self.timestep_density!r} is not one of {known}")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(
                 f"objective.caption_dropout={self.caption_dropout}: a fraction lies between 0 and 1"
             )
+
+    @property
+    def loss_weight(self) -> str:
+        """The weight, or what suits the rest: flow and uncertainty are published without one."""
+        return self.weight or ("none" if self.prediction == "flow" or self.uncertainty else "min_snr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +143,11 @@ class LatentDiffusion:
         self.facts: Mapping[str, Any] = {
             "data": latents.key.data,
             "autoencoder": latents.key.autoencoder,
+            "buckets": latents.key.buckets,
+            "views": [latents.key.crops, latents.key.flip],
             "unet": to_mapping(recipe.unet),
             "text_encoder": text_facts(recipe.text_encoder, self.text_encoder, self.tokenizer),
-            "objective": to_mapping(recipe.objective),
+            "objective": {**to_mapping(recipe.objective), "weight": recipe.objective.loss_weight},
         }
 
     def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
@@ -232,7 +242,7 @@ class Diffusion(nn.Module):
         super().__init__()
         self.unet = unet
         self.schedule, self.kind = scheduler.schedule, scheduler.prediction
-        self.weight = WEIGHTS[recipe.objective.weight]
+        self.weight = WEIGHTS[recipe.objective.loss_weight]
         self.uncertainty = Uncertainty(len(self.schedule.alpha)) if recipe.objective.uncertainty else None
         self.encode: Callable[[Tensor], Tensor]
         if recipe.text_encoder.train:

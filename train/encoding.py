@@ -22,16 +22,16 @@ from tqdm import tqdm
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import load_model
 from ldm.config import read_json, replacing, write_json
-from train.buckets import crop_corner, frame, views
+from train.buckets import Size, crop_corner, frame, views
 from train.checkpoint import weights_sha256
 from train.data import DataConfig, Source, open_source, sort_source
 from train.latents import CacheKey, Latents, Shard, read_header, read_latents
 from train.loop import cpu_only
-from train.pictures import to_tensor
+from train.pictures import tell_rejected, to_tensor
 
 log = logging.getLogger(__name__)
 SHARD = 4096  # pictures a file
-BATCH = 32  # pictures encoded at a time
+BATCH = 32  # views of pictures encoded at a time
 
 
 def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bool = False) -> Latents:
@@ -45,7 +45,7 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bo
     buckets = sort_source(source, data)
     vae = load_model(AutoencoderKL, autoencoder).to(state.device)
     vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for size in buckets.sizes:
+    for size in [*buckets.sizes, Size(data.size, data.size)]:  # the last for the pictures of a preview
         if size.width % vae.downsample_factor or size.height % vae.downsample_factor:
             raise ValueError(
                 f"pictures of {size} are not multiples of {vae.downsample_factor} pixels, the autoencoder's "
@@ -58,7 +58,8 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bo
         vae.config.latent_channels,
         vae.downsample_factor,
         counts,
-        len(views(0, data.crops, data.flip)),
+        data.crops,
+        data.flip,
     )
     check_key(folder, key)
     if state.is_main_process and not (folder / "cache.json").exists():
@@ -71,16 +72,24 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bo
     shards = [Shard(number, *piece) for number, piece in enumerate(pieces)]
     missing = [shard for shard in shards if not shard.path(folder).exists()]
     state.wait_for_everyone()  # no rank writes a shard before all have counted
-    if state.is_main_process and len(buckets.sizes) + len(buckets.dropped) > 1:
-        log.info("%d pictures in %d buckets\n%s", len(source), len(buckets.sizes), buckets.table())
+    if state.is_main_process and buckets.lost:
+        log.info("%d pictures go into %d buckets\n%s", len(source), len(buckets.sizes), buckets.table())
     if missing and state.is_main_process:
         log.info("encoding %d pictures into %s", sum(len(shard.indices) for shard in missing), folder)
     for shard in missing[state.process_index :: state.num_processes]:
         write_shard(vae, source, data, shard, folder, state.device)
+    state.wait_for_everyone()  # the masks are those of the pictures that all ranks have encoded
     if masks and state.is_main_process:
         write_masks(source, data, key, shards, folder)
     state.wait_for_everyone()
-    return read_latents(folder, key, shards, masks, data.max_bad_fraction)
+    latents, undecodable = read_latents(folder, key, shards, masks)
+    rejected = {f"picture {index}": why for index, why in {**buckets.unreadable, **undecodable}.items()}
+    if state.is_main_process and {**source.rejected, **rejected}:
+        with replacing(folder / "rejected.jsonl") as path:
+            lines = [{"picture": name, "why": why} for name, why in {**source.rejected, **rejected}.items()]
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    tell_rejected(data.source, rejected, len(rejected) + len(latents), data.max_bad_fraction)
+    return latents
 
 
 def check_key(folder: Path, key: CacheKey) -> None:
@@ -113,7 +122,7 @@ def write_shard(
     The header also holds what a size conditioning wants to know of each view: the width and height of the
     picture, and left and top of the crop in the picture as it was resized.
     """
-    every = len(views(0, data.crops, data.flip))
+    every = data.crops * (1 + data.flip)
     cells = (shard.size.height // vae.downsample_factor, shard.size.width // vae.downsample_factor)
     nothing = torch.zeros(0, every, vae.config.latent_channels, *cells, dtype=torch.float16)
     parts: list[tuple[Tensor, Tensor]] = [(nothing, nothing)]  # where no picture can be decoded
@@ -181,11 +190,12 @@ class Read(NamedTuple):
 
 
 def read_batches(source: Source, data: DataConfig, shard: Shard) -> Iterator[Read]:
-    """The pictures of a shard in order, one batch read ahead."""
+    """The pictures of a shard in order, BATCH views of them at a time, one batch read ahead."""
+    size = max(1, BATCH // (data.crops * (1 + data.flip)))
 
     def read(start: int) -> Read:
         batch = Read([], [], [], {})
-        for index in shard.indices[start : start + BATCH]:
+        for index in shard.indices[start : start + size]:
             try:
                 image, captions = source[index]
             except ValueError as error:
@@ -197,7 +207,7 @@ def read_batches(source: Source, data: DataConfig, shard: Shard) -> Iterator[Rea
             batch.captions.append(captions)
         return batch
 
-    starts = range(0, len(shard.indices), BATCH)
+    starts = range(0, len(shard.indices), size)
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(read, starts[0])
         for later in [*starts[1:], None]:

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from train.buckets import Size
-from train.pictures import tell_rejected
 from train.plan import Draw, choose, normal, uniform
 
 
@@ -31,7 +30,13 @@ class CacheKey:
     channels: int  # of a latent
     factor: int  # pixels a latent cell, each way
     buckets: list[list[int]]  # width and height in pixels, and pictures, of each
-    views: int  # of each picture: its crops, and their mirror images
+    crops: int  # of each picture
+    flip: bool  # with the mirror image of each crop
+
+    @property
+    def views(self) -> int:
+        """Of each picture."""
+        return self.crops * (1 + self.flip)
 
 
 class Bucket(NamedTuple):
@@ -124,11 +129,11 @@ class Shard(NamedTuple):
 
 
 def read_latents(
-    folder: Path, key: CacheKey, shards: list[Shard], masks: bool, max_bad_fraction: float
-) -> Latents:
-    """All shards, put together by bucket.
+    folder: Path, key: CacheKey, shards: list[Shard], masks: bool
+) -> tuple[Latents, dict[int, str]]:
+    """All shards, put together by bucket; and the pictures that could not be decoded, and why.
 
-    Raises ValueError naming a shard that is cut or of another shape, and if too many cannot be read.
+    Raises ValueError naming a shard that is cut or of another shape.
     """
     rejected: dict[int, str] = {}
     captions: dict[int, list[str]] = {}
@@ -150,9 +155,7 @@ def read_latents(
         if masks:
             mask = read_shard(shard.path(folder, "masks"), {"mask": (*rows, 1, *cells)})["mask"]
         parts.setdefault(shard.size, []).append(Bucket(indices, tensors["mean"], tensors["std"], mask))
-    named = {f"picture {index}": why for index, why in rejected.items()}
-    tell_rejected(str(folder), named, len(rejected) + len(captions), max_bad_fraction)
-    return Latents([joined(bucket) for bucket in parts.values()], captions, key)
+    return Latents([joined(bucket) for bucket in parts.values()], captions, key), rejected
 
 
 def joined(parts: list[Bucket]) -> Bucket:

@@ -62,8 +62,10 @@ def fit(task: Task, config: FitConfig) -> Outcome:
         StopRequest(accelerator, config.max_minutes) as stop,
     ):
         for bucket in plan.trained:
-            if len(bucket) < plan.batch_size:
-                record.say(f"a bucket has {len(bucket)} samples, less than a batch: they come more than once")
+            if 0 < len(bucket) < plan.batch_size:
+                record.say(
+                    f"a bucket has {len(bucket)} samples, less than a batch: it holds some of them twice"
+                )
         state, wrapped = prepare(task, config, accelerator)
         resume(state, task, config, record, accelerator)
         with ReadAhead(task, plan, accelerator.process_index, state.step, workers(config)) as batches:
@@ -204,7 +206,6 @@ def facts(task: Task, config: FitConfig) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "seed": config.seed,
         "samples": samples,
-        "buckets": len(task.buckets),
         "ema_widths": list(config.ema_widths),
         **task.facts,
     }
@@ -217,7 +218,7 @@ def resume(state: State, task: Task, config: FitConfig, record: Record, accelera
         record.start(0, None)
         return
     now, then = facts(task, config), checkpoint.state["facts"]
-    differ = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    differ = sorted(name for name in then if not agree(then[name], now.get(name)))
     if differ:
         rows = "\n".join(f"  {name}: {then.get(name, '-')} then, {now.get(name, '-')} now" for name in differ)
         raise ValueError(
@@ -232,6 +233,13 @@ def resume(state: State, task: Task, config: FitConfig, record: Record, accelera
             record.say(f"resumed with {name} {value}, saved with {before}: not bit for bit the same run")
     state.load(checkpoint)
     record.start(state.step, checkpoint.path)
+
+
+def agree(then: Any, now: Any) -> bool:
+    """Whether a fact of a checkpoint still holds. What it does not mention was added since, and is off."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        return all(name in now and agree(value, now[name]) for name, value in then.items())
+    return bool(then == now)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:

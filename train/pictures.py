@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,16 @@ log = logging.getLogger(__name__)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_PIXELS = 64_000_000  # of a file, read from its header before anything is decoded
 BACKGROUND = "white"  # what transparent pictures are laid on
+# what Pillow raises for files that are cut, or are not what they say
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
 def open_checked(file: Path | IO[bytes]) -> Image.Image:
@@ -66,9 +77,10 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def upright_size(image: Image.Image) -> Size:
-    """The size that `upright` gives a picture, without decoding it."""
+    """The size that `upright` gives a picture, without decoding it (EXIF behind a PNG's pixels aside)."""
     exif = Image.Image.getexif(image)  # a PNG's own would decode all of it, to look for EXIF at its end
-    turned = exif.get(ExifTags.Base.Orientation, 1) >= 5
+    # Pillow turns the size of a TIFF when it opens one
+    turned = exif.get(ExifTags.Base.Orientation, 1) >= 5 and image.format != "TIFF"
     return Size(image.height, image.width) if turned else Size(image.width, image.height)
 
 

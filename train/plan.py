@@ -2,13 +2,14 @@
 
 Samples of one shape are a bucket, and every global batch is of one bucket. The buckets take turns, each as
 often as it has samples, evenly spread. A bucket's batches run through its epochs without a gap: sample number
-n that it gives is entry n % length of the permutation of its epoch n // length, so nothing is left over and
-nothing comes twice. Ranks and micro-batches are slices of the same global batch, so the order of samples
-does not depend on how many processes share the work.
+n that it gives is entry n % length of the permutation of its epoch n // length, so no sample is left over and
+none comes twice in an epoch of its bucket. Ranks and micro-batches are slices of the same global batch: the
+order of samples does not depend on how many processes share the work.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class Plan:
     micro_batches: int = field(init=False, default=1)  # micro-batches a rank adds up in one optimizer step
     trained: Sequence[Sequence[int]] = field(init=False)  # of each bucket, without what is held out
     validation: Sequence[Sequence[int]] = field(init=False)  # what is held out, by bucket
+    orders: dict[int, dict[int, Tensor]] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         length = sum(len(bucket) for bucket in self.buckets)
@@ -90,9 +92,18 @@ class Plan:
         draws = []
         for position in positions:
             epoch, place = divmod(turn.number * self.batch_size + position, len(bucket))
-            index = bucket[int(permutation(len(bucket), self.seed, epoch)[place])]
+            index = bucket[int(self.order(turn.bucket, epoch)[place])]
             draws.append(Draw(index, step, position, self.batch_size, self.seed))
         return draws
+
+    def order(self, bucket: int, epoch: int) -> Tensor:
+        """The permutation of a bucket's samples in one epoch: (n,) int64. The last two of each are kept."""
+        kept = self.orders.setdefault(bucket, {})
+        if epoch not in kept:
+            if len(kept) > 1:
+                kept.pop(min(kept), None)
+            kept[epoch] = permutation(len(self.trained[bucket]), self.seed, epoch)
+        return kept[epoch]
 
 
 class Turn(NamedTuple):
@@ -106,24 +117,22 @@ class Turn(NamedTuple):
 def turn_of(sizes: tuple[int, ...], seed: int, step: int) -> Turn:
     """Batch k of a bucket with n samples is due at (k + u) / n, u one draw a bucket; steps come by due time.
 
-    Exact at every step: no bucket ever has a batch more or less than its share.
+    After every sum(sizes) steps each bucket has given exactly its share, and in between it is never far off.
     """
     offsets = [Fraction(key("turn", seed, bucket) % 2**16, 2**16) for bucket in range(len(sizes))]
     # a time by which no more than `step` batches are due, and how many of each bucket those are
     time = Fraction(max(0, step - len(sizes)), sum(sizes))
     given = [max(0, math.ceil(time * size - u)) for size, u in zip(sizes, offsets, strict=True)]
-
-    def due(bucket: int) -> tuple[Fraction, int]:
-        return Fraction(given[bucket] + offsets[bucket]) / sizes[bucket], bucket
-
-    buckets = [bucket for bucket, size in enumerate(sizes) if size]
+    waiting = [((given[k] + offsets[k]) / size, k) for k, size in enumerate(sizes) if size]
+    heapq.heapify(waiting)
     for _ in range(step - sum(given)):
-        given[min(buckets, key=due)] += 1
-    bucket = min(buckets, key=due)
+        due, bucket = waiting[0]
+        given[bucket] += 1
+        heapq.heapreplace(waiting, (due + Fraction(1, sizes[bucket]), bucket))
+    bucket = waiting[0][1]
     return Turn(bucket, given[bucket])
 
 
-@lru_cache(maxsize=64)  # two epochs of each bucket that is at hand
 def permutation(length: int, seed: int, epoch: int) -> Tensor:
     """The order of the `length` samples of a bucket in one epoch: (length,) int64."""
     return torch.randperm(length, generator=generator("order", seed, epoch))
@@ -150,11 +159,14 @@ def spread(length: int, count: int) -> list[int]:
 def fixed_draws(buckets: Sequence[Sequence[int]], size: int = 32) -> Iterator[list[Draw]]:
     """Samples of a validation in lists of at most `size`, each of one bucket.
 
-    A sample's noise is always the same, whatever the seed and its bucket.
+    A sample's noise is always the same, whatever the seed.
     """
+    count, place = sum(map(len, buckets)), 0
     for bucket in buckets:
         for first in range(0, len(bucket), size):
-            yield [Draw(index, 0, index, 1, 0) for index in bucket[first : first + size]]
+            part = bucket[first : first + size]
+            yield [Draw(index, 0, place + k, count, 0) for k, index in enumerate(part)]
+            place += len(part)
 
 
 def normal(draws: list[Draw], shape: tuple[int, ...], purpose: str) -> Tensor:

@@ -1,7 +1,7 @@
 """What a run will take: parameters, memory, arithmetic and time, from a probe that leaves no trace.
 
 `--plan` on any training script. Every stage of the recipe is probed with new weights, and with made-up
-latents where it needs some: nothing is computed first.
+latents, all of them squares, where it needs some: nothing is computed first.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def show_plan(stages: Iterable[Stage], price: float) -> None:
         if accelerator.is_main_process:
             print(one)
     words = f", {cost:,.2f} at {price:g} an hour and rank" if price else ""
-    print(f"in all {duration(hours)} of training{words}; nothing was written")
+    if accelerator.is_main_process:
+        print(f"in all {duration(hours)} of training{words}; nothing was written")
 
 
 def duration(hours: float) -> str:
@@ -163,7 +164,10 @@ def stages_of(
     words = recipe.text_encoder
     if words.path is not None and words.path.endswith((".yaml", ".yml")):
         stage = dataclasses.replace(
-            read_recipe(ContrastiveRecipe, words.path), data=recipe.data, autoencoder=str(trained)
+            read_recipe(ContrastiveRecipe, words.path),
+            data=recipe.data,
+            autoencoder=str(trained),
+            precision=recipe.precision,
         )
         task = Contrastive(stage, trained, latents)
         yield Stage("text encoder", task, stage)
@@ -174,7 +178,7 @@ def stages_of(
 
 
 def made_up(data: DataConfig, model: AutoencoderKLConfig) -> Latents:
-    """Latents of the shape that the data's would have, with captions of the data."""
+    """Square latents of the data's size, with captions of the data."""
     source = open_source(data)
     count = min(CAPTIONS, len(source))
     factor = 2 ** (len(model.block_out_channels) - 1)
@@ -183,6 +187,11 @@ def made_up(data: DataConfig, model: AutoencoderKLConfig) -> Latents:
     mean = torch.randn(count, 1, model.latent_channels, side, side, generator=rng).half()
     mask = torch.full((count, 1, 1, side, side), 128, dtype=torch.uint8)
     bucket = Bucket(list(range(count)), mean, torch.full_like(mean, 0.1), mask)
-    captions = {index: source[index][1] for index in range(count)}
-    key = CacheKey("", "made up", model.latent_channels, factor, [[data.size, data.size, count]], 1)
+    captions = {}
+    for index in range(count):
+        try:
+            captions[index] = source[index][1]
+        except ValueError:  # a picture that cannot be decoded is for the run itself to tell of
+            captions[index] = [""]
+    key = CacheKey("", "made up", model.latent_channels, factor, [[data.size, data.size, count]], 1, False)
     return Latents([bucket], captions, key)

@@ -27,7 +27,15 @@ from tqdm import tqdm
 from ldm.config import replacing
 from train.buckets import Size
 from train.captions import clean_captions
-from train.pictures import IMAGE_SUFFIXES, opacity, open_checked, tell_rejected, upright, upright_size
+from train.pictures import (
+    IMAGE_SUFFIXES,
+    UNREADABLE,
+    opacity,
+    open_checked,
+    tell_rejected,
+    upright,
+    upright_size,
+)
 
 log = logging.getLogger(__name__)
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
@@ -67,8 +75,9 @@ class Tars:
         }
         self.entries = [(index.path, sample) for index in self.indices for sample in index.samples]
         tell_rejected(source, self.rejected, len(self.entries) + len(self.rejected), max_bad_fraction)
-        stamps = hashlib.sha256(repr([(index.path, index.stamp) for index in self.indices]).encode())
-        self.description = f"{len(self.entries)} pictures in {len(paths)} tars, {stamps.hexdigest()[:16]}"
+        content = [(sample.name, sample.length, sample.captions) for _, sample in self.entries]
+        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        self.description = f"{len(self.entries)} pictures in {len(paths)} tars, contents {digest[:16]}"
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -89,13 +98,15 @@ class Tars:
         try:
             with open_checked(io.BytesIO(content)) as image:
                 return convert(image)
-        except (OSError, SyntaxError, ValueError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{sample.name} in {path} cannot be decoded: {error}") from error
 
 
-def is_tars(source: str) -> bool:
-    """Whether data.source names tars: by its ending, or as a folder of them."""
-    return source.endswith(".tar") or (Path(source).is_dir() and any(Path(source).glob("*.tar")))
+def holds_only_tars(folder: Path) -> bool:
+    """Whether a folder holds tars, and neither pictures nor captions beside them."""
+    files = list(folder.iterdir())
+    others = any(one.suffix.lower() in IMAGE_SUFFIXES or one.stem == "metadata" for one in files)
+    return not others and any(one.suffix == ".tar" for one in files)
 
 
 def find_tars(source: str) -> list[str]:
@@ -219,7 +230,7 @@ def build_index(path: str, stamp: str, caption_column: str) -> TarIndex:
             try:
                 with open_checked(content) as image:
                     pictures[name] = (member.offset_data, member.size, upright_size(image))
-            except (OSError, SyntaxError, ValueError) as error:
+            except UNREADABLE as error:
                 rejected[name] = str(error)
     samples = []
     for name, (offset, length, size) in pictures.items():
