@@ -19,9 +19,11 @@ def no_weight(level: Level, kind: Prediction) -> Tensor:
     return torch.ones_like(torch.as_tensor(level.sigma))
 
 
-def of_flow(weight: Tensor, level: Level) -> Tensor:
-    """The weight of v's error as one of the flow's, which is (alpha + sigma) times as large."""
-    return weight / (torch.as_tensor(level.alpha) + torch.as_tensor(level.sigma)) ** 2
+def of_v(weight: Tensor, level: Level, kind: Prediction) -> Tensor:
+    """The weight of v's error as one of x0's, which is sigma times as large, or of the flow's."""
+    alpha, sigma = torch.as_tensor(level.alpha), torch.as_tensor(level.sigma)
+    scale = {"v": torch.ones_like(sigma), "x0": sigma, "flow": alpha + sigma}[kind]
+    return weight / scale**2
 
 
 def min_snr(level: Level, kind: Prediction, gamma: float = 5.0) -> Tensor:
@@ -34,11 +36,7 @@ def min_snr(level: Level, kind: Prediction, gamma: float = 5.0) -> Tensor:
     alpha, sigma = torch.as_tensor(level.alpha), torch.as_tensor(level.sigma)
     if kind == "eps":
         return (gamma * (sigma / alpha) ** 2).clamp(max=1)
-    if kind == "v":
-        return (gamma * sigma**2).clamp(max=1)
-    if kind == "flow":
-        return of_flow(min_snr(level, "v", gamma), level)
-    return (sigma**-2).clamp(max=gamma)
+    return of_v((gamma * sigma**2).clamp(max=1), level, kind)
 
 
 def soft_min_snr(level: Level, kind: Prediction, gamma: float = 4.0) -> Tensor:
@@ -51,9 +49,7 @@ def soft_min_snr(level: Level, kind: Prediction, gamma: float = 4.0) -> Tensor:
     noise = gamma * sigma**2
     if kind == "eps":
         return noise / (alpha**2 + noise)
-    if kind == "flow":
-        return of_flow(soft_min_snr(level, "v", gamma), level)
-    return (noise if kind == "v" else gamma) / (1 + noise)
+    return of_v(noise / (1 + noise), level, kind)
 
 
 def p2(level: Level, kind: Prediction) -> Tensor:
@@ -64,9 +60,7 @@ def p2(level: Level, kind: Prediction) -> Tensor:
     sigma2 = torch.as_tensor(level.sigma) ** 2
     if kind == "eps":
         return sigma2
-    if kind == "flow":
-        return of_flow(p2(level, "v"), level)
-    return (sigma2 if kind == "v" else 1) / (1 + sigma2)
+    return of_v(sigma2 / (1 + sigma2), level, kind)
 
 
 WEIGHTS: dict[str, Weight] = {"none": no_weight, "min_snr": min_snr, "soft_min_snr": soft_min_snr, "p2": p2}
