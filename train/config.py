@@ -153,6 +153,11 @@ def find_recipe(name: str | Path) -> Path:
     raise ValueError(f"no recipe {name}; these come with the package: {', '.join(known)}")
 
 
+def is_recipe(path: str | None) -> bool:
+    """Whether a path names a recipe, by its ending."""
+    return path is not None and path.endswith((".yaml", ".yml"))
+
+
 def read_recipe(cls: type[Config], path: str | Path) -> Config:
     """The recipe in a YAML file. Raises ValueError naming the file."""
     path = find_recipe(path)

@@ -77,17 +77,18 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bo
     if missing and state.is_main_process:
         log.info("encoding %d pictures into %s", sum(len(shard.indices) for shard in missing), folder)
     for shard in missing[state.process_index :: state.num_processes]:
-        write_shard(vae, source, data, shard, folder, state.device)
+        write_shard(vae, source, data, key, shard, folder, state.device)
     state.wait_for_everyone()  # the masks are those of the pictures that all ranks have encoded
     if masks and state.is_main_process:
         write_masks(source, data, key, shards, folder)
     state.wait_for_everyone()
     latents, undecodable = read_latents(folder, key, shards, masks)
     rejected = {f"picture {index}": why for index, why in {**buckets.unreadable, **undecodable}.items()}
-    if state.is_main_process and {**source.rejected, **rejected}:
+    every = {**source.rejected, **rejected}
+    if state.is_main_process and every:
+        lines = [json.dumps({"picture": name, "why": why}) + "\n" for name, why in every.items()]
         with replacing(folder / "rejected.jsonl") as path:
-            lines = [{"picture": name, "why": why} for name, why in {**source.rejected, **rejected}.items()]
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            path.write_text("".join(lines), encoding="utf-8")
     tell_rejected(data.source, rejected, len(rejected) + len(latents), data.max_bad_fraction)
     return latents
 
@@ -115,19 +116,24 @@ def encoder_sha256(vae: AutoencoderKL) -> str:
 
 @torch.no_grad()
 def write_shard(
-    vae: AutoencoderKL, source: Source, data: DataConfig, shard: Shard, folder: Path, device: torch.device
+    vae: AutoencoderKL,
+    source: Source,
+    data: DataConfig,
+    key: CacheKey,
+    shard: Shard,
+    folder: Path,
+    device: torch.device,
 ) -> None:
     """Encode one shard's pictures into one file, captions in its header, whole or not at all.
 
     The header also holds what a size conditioning wants to know of each view: the width and height of the
     picture, and left and top of the crop in the picture as it was resized.
     """
-    every = data.crops * (1 + data.flip)
-    cells = (shard.size.height // vae.downsample_factor, shard.size.width // vae.downsample_factor)
-    nothing = torch.zeros(0, every, vae.config.latent_channels, *cells, dtype=torch.float16)
+    nothing = torch.zeros(0, key.views, key.channels, *key.cells(shard.size), dtype=torch.float16)
     parts: list[tuple[Tensor, Tensor]] = [(nothing, nothing)]  # where no picture can be decoded
     indices: list[int] = []
     captions: list[list[str]] = []
+    crops: list[list[list[int]]] = []
     rejected: dict[int, str] = {}
     progress = tqdm(
         total=len(shard.indices),
@@ -136,21 +142,18 @@ def write_shard(
         desc=f"shard {shard.number}, {shard.size}",
     )
     with progress:
-        for batch in read_batches(source, data, shard):
+        for batch in read_batches(source, data, shard, max(1, BATCH // key.views)):
             rejected |= batch.rejected
             progress.update(len(batch.indices) + len(batch.rejected))
             if not batch.indices:
                 continue
             posterior = vae.encode(torch.stack(batch.images).flatten(0, 1).to(device))
-            split = (len(batch.indices), every)
+            split = (len(batch.indices), key.views)
             mean, std = posterior.mean.unflatten(0, split), posterior.std.unflatten(0, split)
             parts.append((mean.half().cpu(), std.half().cpu()))
             indices += batch.indices
             captions += batch.captions
-    crops = []
-    for index in indices:
-        picture, all_views = source.size(index), views(index, data.crops, data.flip)
-        crops.append([[*picture, *crop_corner(picture, shard.size, view)] for view in all_views])
+            crops += batch.crops
     header = {
         "indices": json.dumps(indices),
         "captions": json.dumps(captions),
@@ -168,14 +171,15 @@ def write_masks(source: Source, data: DataConfig, key: CacheKey, shards: list[Sh
     todo = sum(len(shard.indices) for shard in missing)
     with tqdm(total=todo, unit="mask", disable=not sys.stderr.isatty(), desc="masks") as progress:
         for shard in missing:
-            cells = (shard.size.width // key.factor, shard.size.height // key.factor)
+            height, width = key.cells(shard.size)
             masks = []
             for index in read_header(shard.path(folder))[0]:
                 mask = source.mask(index)
                 every = [frame(mask, shard.size, view) for view in views(index, data.crops, data.flip)]
-                masks.append(np.stack([np.array(one.resize(cells, Image.Resampling.BOX)) for one in every]))
+                shares = [one.resize((width, height), Image.Resampling.BOX) for one in every]
+                masks.append(np.stack([np.array(one) for one in shares]))
                 progress.update()
-            mask_rows = np.stack(masks) if masks else np.zeros((0, key.views, *cells[::-1]), np.uint8)
+            mask_rows = np.stack(masks) if masks else np.zeros((0, key.views, height, width), np.uint8)
             with replacing(shard.path(folder, "masks")) as path:
                 save_file({"mask": torch.from_numpy(mask_rows)[:, :, None]}, path)
 
@@ -186,25 +190,26 @@ class Read(NamedTuple):
     indices: list[int]
     images: list[Tensor]
     captions: list[list[str]]
+    crops: list[list[list[int]]]  # of each view: width and height of the picture, left and top of the crop
     rejected: dict[int, str]
 
 
-def read_batches(source: Source, data: DataConfig, shard: Shard) -> Iterator[Read]:
-    """The pictures of a shard in order, BATCH views of them at a time, one batch read ahead."""
-    size = max(1, BATCH // (data.crops * (1 + data.flip)))
+def read_batches(source: Source, data: DataConfig, shard: Shard, size: int) -> Iterator[Read]:
+    """The pictures of a shard in order, `size` at a time, one batch read ahead."""
 
     def read(start: int) -> Read:
-        batch = Read([], [], [], {})
+        batch = Read([], [], [], [], {})
         for index in shard.indices[start : start + size]:
             try:
                 image, captions = source[index]
             except ValueError as error:
                 batch.rejected[index] = str(error)
                 continue
-            every = [frame(image, shard.size, view) for view in views(index, data.crops, data.flip)]
-            batch.images.append(torch.stack([to_tensor(one) for one in every]))
+            picture, every = Size(*image.size), views(index, data.crops, data.flip)
+            batch.images.append(torch.stack([to_tensor(frame(image, shard.size, view)) for view in every]))
             batch.indices.append(index)
             batch.captions.append(captions)
+            batch.crops.append([[*picture, *crop_corner(picture, shard.size, view)] for view in every])
         return batch
 
     starts = range(0, len(shard.indices), size)

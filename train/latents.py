@@ -38,6 +38,10 @@ class CacheKey:
         """Of each picture."""
         return self.crops * (1 + self.flip)
 
+    def cells(self, size: Size) -> tuple[int, int]:
+        """Height and width of the latents of pictures of that size."""
+        return size.height // self.factor, size.width // self.factor
+
 
 class Bucket(NamedTuple):
     """The latents of one bucket: n pictures in v views, C channels, h x w cells."""
@@ -142,7 +146,7 @@ def read_latents(
         path = shard.path(folder)
         indices, texts, wrong = read_header(path)
         rows = (len(indices), key.views)
-        cells = (shard.size.height // key.factor, shard.size.width // key.factor)
+        cells = key.cells(shard.size)
         shape = (*rows, key.channels, *cells)
         tensors = read_shard(path, {"mean": shape, "std": shape})
         rejected |= wrong

@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.checkpoint import load_model, save_model
 from train.autoencoding import AutoencoderRecipe, Autoencoding
-from train.config import read_recipe
 from train.contrastive import Contrastive, ContrastiveRecipe
 from train.data import DataConfig, open_source
 from train.diffusion import DiffusionRecipe, LatentDiffusion
@@ -150,9 +149,12 @@ def bytes_of(state: State) -> dict[str, int]:
 
 
 def stages_of(
-    recipe: DiffusionRecipe, autoencoder: AutoencoderRecipe | None, folder: Path
+    recipe: DiffusionRecipe,
+    autoencoder: AutoencoderRecipe | None,
+    text_encoder: ContrastiveRecipe | None,
+    folder: Path,
 ) -> Iterator[Stage]:
-    """What train_ldm.py trains. autoencoder: its recipe, unless it is trained; folder: a temporary one."""
+    """What train_ldm.py trains. The recipes of earlier stages, where there are some; folder: temporary."""
     if autoencoder is None:
         trained = autoencoder_folder(recipe.autoencoder)
         model = load_model(AutoencoderKL, trained).config
@@ -161,19 +163,12 @@ def stages_of(
         trained, model = folder / "autoencoder", autoencoder.model
         save_model(AutoencoderKL(model), trained)
     latents = made_up(recipe.data, model)
-    words = recipe.text_encoder
-    if words.path is not None and words.path.endswith((".yaml", ".yml")):
-        stage = dataclasses.replace(
-            read_recipe(ContrastiveRecipe, words.path),
-            data=recipe.data,
-            autoencoder=str(trained),
-            precision=recipe.precision,
-        )
-        task = Contrastive(stage, trained, latents)
-        yield Stage("text encoder", task, stage)
+    if text_encoder is not None:
+        task = Contrastive(text_encoder, trained, latents)
+        yield Stage("text encoder", task, text_encoder)
         task.export(folder / "text_encoder")
-        words = dataclasses.replace(words, path=str(folder / "text_encoder"))
-    recipe = dataclasses.replace(recipe, text_encoder=words)
+        words = dataclasses.replace(recipe.text_encoder, path=str(folder / "text_encoder"))
+        recipe = dataclasses.replace(recipe, text_encoder=words)
     yield Stage("UNet", LatentDiffusion(recipe, trained, latents), recipe)
 
 

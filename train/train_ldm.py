@@ -25,13 +25,12 @@ if __package__ in (None, ""):  # run as a file: the packages lie one folder abov
 
 from train.autoencoding import AutoencoderRecipe, Autoencoding
 from train.command import command
-from train.config import parse, read_recipe
+from train.config import is_recipe, parse, read_recipe
 from train.contrastive import Contrastive, ContrastiveRecipe
 from train.diffusion import DiffusionRecipe, LatentDiffusion
 from train.encoding import compute_latents
-from train.latents import Latents, autoencoder_folder
+from train.latents import autoencoder_folder
 from train.loop import fit
-from train.state import Outcome
 from train.text import build_text_encoder
 
 DEFAULT = "configs/shapes.yaml"
@@ -49,10 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         with TemporaryDirectory() as folder:
             first = autoencoder_stage(recipe) if is_recipe(trained) else None
-            show_plan(stages_of(recipe, first, Path(folder)), recipe.price)
+            second = text_encoder_stage(recipe) if is_recipe(recipe.text_encoder.path) else None
+            show_plan(stages_of(recipe, first, second, Path(folder)), recipe.price)
         return 0
     if is_recipe(trained):
-        outcome = train_autoencoder(recipe)
+        stage = autoencoder_stage(recipe)
+        outcome = fit(Autoencoding(stage), stage)
         if not outcome.finished:
             return outcome.exit_code
         trained = str(outcome.model)
@@ -60,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cache = Path(recipe.latents or Path(recipe.output, "latents"))
     latents = compute_latents(recipe.data, autoencoder, cache, masks=recipe.objective.mask_weight != 1)
     if is_recipe(recipe.text_encoder.path):
-        outcome = train_text_encoder(recipe, autoencoder, latents)
+        words = text_encoder_stage(recipe)
+        outcome = fit(Contrastive(words, autoencoder, latents), words)
         if not outcome.finished:
             return outcome.exit_code
         text_encoder = dataclasses.replace(recipe.text_encoder, path=str(outcome.model))
@@ -71,27 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return outcome.exit_code
 
 
-def train_autoencoder(recipe: DiffusionRecipe) -> Outcome:
-    """The autoencoder of the recipe, in a folder of this run; returns at once if it is done."""
-    stage = autoencoder_stage(recipe)
-    return fit(Autoencoding(stage), stage)
-
-
 def autoencoder_stage(recipe: DiffusionRecipe) -> AutoencoderRecipe:
     """The autoencoder's recipe on this run's data."""
     return stage_of(recipe, read_recipe(AutoencoderRecipe, recipe.autoencoder), "autoencoder")
 
 
-def train_text_encoder(recipe: DiffusionRecipe, autoencoder: Path, latents: Latents) -> Outcome:
-    """The text encoder's recipe on this run's latents, likewise."""
+def text_encoder_stage(recipe: DiffusionRecipe) -> ContrastiveRecipe:
+    """The text encoder's recipe, likewise."""
     path = str(recipe.text_encoder.path)
-    stage = stage_of(recipe, read_recipe(ContrastiveRecipe, path), "text_encoder")
-    return fit(Contrastive(stage, autoencoder, latents), stage)
-
-
-def is_recipe(path: str | None) -> bool:
-    """Whether a path names a recipe, by its ending."""
-    return path is not None and path.endswith((".yaml", ".yml"))
+    return stage_of(recipe, read_recipe(ContrastiveRecipe, path), "text_encoder")
 
 
 def stage_of(recipe: DiffusionRecipe, stage: RecipeT, name: str) -> RecipeT:
