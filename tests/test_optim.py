@@ -29,7 +29,8 @@ def published(matrix: Tensor) -> Tensor:
 def test_polar_factor(shape):
     """The published iteration, and what it is for: the singular vectors stay, their values come near to 1."""
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    factor = polar_factor(matrix)
+    factor, other = polar_factor(torch.stack([matrix, -3 * matrix]))
+    torch.testing.assert_close(other, -factor)
     torch.testing.assert_close(factor.double(), published(matrix), atol=1e-4, rtol=1e-3)
     product = factor @ matrix.mT  # U Vt V S Ut: symmetric, no direction turned round
     torch.testing.assert_close(product, product.mT, atol=1e-3, rtol=1e-3)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+STACK = 2**24  # numbers of gradients that Muon works on at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,24 +61,36 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * (1 - (1 - config.final_fraction) * fall)
 
 
-def polar_factor(matrix: Tensor, steps: int = 5) -> Tensor:
-    """About the orthogonal factor U Vᵀ of a matrix (m, n) = U S Vᵀ: its singular values, 0.7 to 1.2.
+def polar_factor(matrices: Tensor, steps: int = 5) -> Tensor:
+    """About the orthogonal factors U Vᵀ of matrices (k, m, n) = U S Vᵀ: their singular values, 0.7 to 1.2.
 
     The iteration X <- (a + b A + c A²) X with A = X Xᵀ (Jordan et al. 2024, "Muon") changes X only by factors
     from the left, polynomials of the first A. Their product is made of small square matrices, and X is met
     twice only, which for a 3x3 kernel is a third of the work.
     """
-    x = matrix.float() if matrix.shape[0] <= matrix.shape[1] else matrix.float().mT
-    x = x / (x.norm() + 1e-7)
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices.float() if wide else matrices.float().mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     gram = x @ x.mT
-    factor = torch.eye(len(gram), device=gram.device)
+    factor = gram
     for k in range(steps):
-        step = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        step.diagonal().add_(3.4445)
+        step = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        step.diagonal(dim1=1, dim2=2).add_(3.4445)
         factor = step @ factor if k else step
         gram = step @ gram @ step if k < steps - 1 else gram
-    x = (factor @ x).to(matrix.dtype)
-    return x if matrix.shape[0] <= matrix.shape[1] else x.mT
+    x = (factor @ x).to(matrices.dtype)
+    return x if wide else x.mT
+
+
+def stacks(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Those that have a gradient, by shape, at most STACK numbers together: many small products are one."""
+    alike: dict[torch.Size, list[nn.Parameter]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            alike.setdefault(p.shape, []).append(p)
+    for shape, group in alike.items():
+        size = max(1, STACK // shape.numel())
+        yield from (group[first : first + size] for first in range(0, len(group), size))
 
 
 class Muon(torch.optim.AdamW):
@@ -92,19 +106,23 @@ class Muon(torch.optim.AdamW):
         for group in self.param_groups:
             if "momentum" not in group:
                 continue
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                average = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                direction = polar_factor(p.grad.lerp(average, group["momentum"]).flatten(1))
-                size = 0.2 * math.sqrt(max(direction.shape))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(direction.view_as(p), alpha=group["lr"] * size)
-                p.grad = None  # AdamW leaves alone what has no gradient
+            for stack in stacks(group["params"]):
+                directions = polar_factor(torch.stack([self.ahead(p, group["momentum"]) for p in stack]))
+                size = 0.2 * math.sqrt(max(directions.shape[1:]))
+                for p, direction in zip(stack, directions, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(direction.view_as(p), alpha=group["lr"] * size)
+                    p.grad = None  # AdamW leaves alone what has no gradient
         super().step(closure)
+
+    def ahead(self, p: nn.Parameter, momentum: float) -> Tensor:
+        """The average of the gradients with this one, and one step ahead (Nesterov), as a matrix (m, n)."""
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        average = state["momentum"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(average, momentum).flatten(1)
 
 
 def hidden(p: nn.Parameter) -> bool:
