@@ -2,10 +2,11 @@
 
   python bench/scene_accuracy.py                 the bundled model, 300 held-out captions
   python bench/scene_accuracy.py --model RUN/model --captions 100 --split train
+  python bench/scene_accuracy.py --model runs/shapes/model --style shapes --scenes 20000
 
 The judge is a small classifier. It learns place, colour, subject and count from drawn scenes of combinations
 that training shows; its own accuracy is measured on scenes of held-out ones. It is kept beside the pictures,
-so that another run only judges. Needs the Noto Color Emoji font, as training does.
+so that another run only judges. Pictograms need the Noto Color Emoji font, as training does.
 """
 
 from __future__ import annotations
@@ -34,9 +35,7 @@ from train.pictures import grid
 from train.scenes import Scene, SceneSource
 from train.sprites import COLOURS
 
-NO_COLOUR = (
-    -100
-)  # a subject in its natural colour: colour is neither taught nor counted; ignored by cross_entropy
+NO_COLOUR = -100  # as by nature: neither taught nor counted, ignored by cross_entropy
 SEED_JUDGE, SEED_TEST, SEED_ASKED = 101, 102, 103  # of scene books; training of the model reads book 0
 
 
@@ -185,12 +184,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="bundled", help="pipeline folder; default the bundled model")
+    parser.add_argument(
+        "--style", choices=("pictograms", "shapes"), default="pictograms", help="scenes that the model knows"
+    )
     parser.add_argument("--captions", type=int, default=300, help="pictures to draw and judge")
     parser.add_argument(
         "--split", choices=("held_out", "train"), default="held_out", help="combinations asked for"
     )
     parser.add_argument(
-        "--subjects", default="few", help="few, all, or names with commas: what the model knows"
+        "--subjects", default="few", help="few, all, or names with commas: those of them"
     )
     parser.add_argument("--scenes", type=int, default=60_000, help="scenes that teach the judge")
     parser.add_argument(
@@ -208,7 +210,7 @@ def main() -> None:
     subjects = options.subjects if options.subjects in ("few", "all") else options.subjects.split(",")
 
     def book(seed: int, split: str) -> SceneSource:
-        return SceneSource(seed, side, "pictograms", subjects, split=split)  # type: ignore[arg-type]
+        return SceneSource(seed, side, options.style, subjects, split=split)  # type: ignore[arg-type]
 
     begin = time.perf_counter()
     judge = kept_judge(options.output, book(SEED_JUDGE, "train"), options.scenes)
