@@ -103,6 +103,11 @@ class Contrastive:
         self.vae = load_model(AutoencoderKL, autoencoder).requires_grad_(False)
         torch.manual_seed(recipe.seed)  # initial weights
         encoder, self.tokenizer = build_text_encoder(recipe.text_encoder, list(latents.captions.values()))
+        if self.tokenizer.chunks > 1:
+            raise ValueError(
+                f"text_encoder.chunks={self.tokenizer.chunks}: captions are compared by one chunk; "
+                "set 1 here, and more in the recipe of the UNet"
+            )
         channels, width = self.vae.config.latent_channels, encoder.config.hidden_size
         self.contrast = Contrast(encoder, Tower(channels, recipe.tower, width, recipe.groups))
         self.module: nn.Module = self.contrast
