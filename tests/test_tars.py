@@ -55,7 +55,7 @@ def test_many_tars_are_one_source(tmp_path):
     assert len(source) == 9
     for k in range(9):
         image, captions = source[k]
-        assert captions == [f"picture {k}"]
+        assert captions == {"text": [f"picture {k}"]}
         assert image.getpixel((0, 0)) == (10 * k,) * 3
         assert image.size == source.size(k) == (6 + k, 4)
         assert source.mask(k).getextrema() == (255, 255)
@@ -73,8 +73,10 @@ def test_members_may_come_in_any_order_and_captions_in_any_form(tmp_path):
         "notes.txt": "of no picture",
     }
     write_tar(tmp_path / "x.tar", files)
-    source = Tars(str(tmp_path / "x.tar"), "text", 0.5)
-    assert [source[k][1] for k in range(2)] == [["first", "second"], ["another one"]]
+    source = Tars(str(tmp_path / "x.tar"), ["text"], 0.5)
+    assert [source[k][1] for k in range(2)] == [
+        {"text": texts} for texts in (["first", "second"], ["another one"])
+    ]
     assert source.mask(1).getextrema() == (90, 90)
 
 
@@ -83,40 +85,40 @@ def test_the_index_is_made_once_and_again_when_the_tar_changes(tmp_path, cache, 
     made = []
     build = tars.build_index
     monkeypatch.setattr(tars, "build_index", lambda *args: made.append(1) or build(*args))
-    first = Tars(str(tmp_path / "x.tar"), "text", 0)
-    again = Tars(str(tmp_path / "x.tar"), "text", 0)
+    first = Tars(str(tmp_path / "x.tar"), ["text"], 0)
+    again = Tars(str(tmp_path / "x.tar"), ["text"], 0)
     assert (len(made), again.entries, again.description) == (1, first.entries, first.description)
     write_tar(tmp_path / "x.tar", samples(0, count=5))
-    assert len(Tars(str(tmp_path / "x.tar"), "text", 0)) == 5
+    assert len(Tars(str(tmp_path / "x.tar"), ["text"], 0)) == 5
     (index,) = cache.glob("tar-*.json")
     index.write_text(index.read_text()[:30])
-    assert len(Tars(str(tmp_path / "x.tar"), "text", 0)) == 5
+    assert len(Tars(str(tmp_path / "x.tar"), ["text"], 0)) == 5
     assert len(made) == 3
 
 
 def test_what_cannot_be_used_is_told_and_too_much_of_it_refused(tmp_path, caplog):
     files = samples(0) | {"3.png": b"<html>", "4.png": png(1), "5.png": b"", "3.txt": "t", "5.txt": "t"}
     write_tar(tmp_path / "x.tar", files)
-    assert len(Tars(str(tmp_path / "x.tar"), "text", 0.5)) == 3
+    assert len(Tars(str(tmp_path / "x.tar"), ["text"], 0.5)) == 3
     for reason in ("3: not a picture", "4: it has no caption", "5: the file is empty"):
         assert reason in caplog.text
     with pytest.raises(ValueError, match=r"3 of 6 pictures in .* cannot be used, more than"):
-        Tars(str(tmp_path / "x.tar"), "text", 0.1)
+        Tars(str(tmp_path / "x.tar"), ["text"], 0.1)
     write_tar(tmp_path / "none.tar", {"a.txt": "alone"})
     with pytest.raises(ValueError, match=r"none\.tar holds no captioned picture"):
-        Tars(str(tmp_path / "none.tar"), "text", 1.0)
+        Tars(str(tmp_path / "none.tar"), ["text"], 1.0)
     (tmp_path / "bad.tar").write_bytes(b"no tar" * 300)
     with pytest.raises(OSError, match=r"bad\.tar cannot be read"):
-        Tars(str(tmp_path / "bad.tar"), "text", 1.0)
+        Tars(str(tmp_path / "bad.tar"), ["text"], 1.0)
     with pytest.raises(OSError, match=r"absent\.tar cannot be read"):
-        Tars(str(tmp_path / "absent.tar"), "text", 1.0)
+        Tars(str(tmp_path / "absent.tar"), ["text"], 1.0)
     with pytest.raises(ValueError, match="names no tar"):
-        Tars(str(tmp_path / "absent-*.tar"), "text", 1.0)
+        Tars(str(tmp_path / "absent-*.tar"), ["text"], 1.0)
 
 
 def test_a_tar_that_is_cut_after_its_index_was_made(tmp_path):
     write_tar(tmp_path / "x.tar", samples(0))
-    source = Tars(str(tmp_path / "x.tar"), "text", 0)
+    source = Tars(str(tmp_path / "x.tar"), ["text"], 0)
     content = (tmp_path / "x.tar").read_bytes()
     (tmp_path / "x.tar").write_bytes(content[: source.entries[2][1].offset + 10])
     with pytest.raises(OSError, match=r"x\.tar cannot be read: .* within a sample"):

@@ -25,6 +25,7 @@ from ldm.config import read_json, replacing, write_json
 from train.buckets import Size, crop_corner, frame, views
 from train.checkpoint import weights_sha256
 from train.data import DataConfig, Source, open_source, sort_source
+from train.captions import Captions
 from train.latents import CacheKey, Latents, Shard, read_header, read_latents
 from train.loop import cpu_only
 from train.pictures import tell_rejected, to_tensor
@@ -64,6 +65,7 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bo
     check_key(folder, key)
     if state.is_main_process and not (folder / "cache.json").exists():
         write_json(folder / "cache.json", asdict(key))
+        sorted(data.kinds),
     pieces = [
         (size, members[first : first + SHARD])
         for size, members in zip(buckets.sizes, buckets.members, strict=True)
@@ -82,7 +84,7 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bo
     if masks and state.is_main_process:
         write_masks(source, data, key, shards, folder)
     state.wait_for_everyone()
-    latents, undecodable = read_latents(folder, key, shards, masks)
+    latents, undecodable = read_latents(folder, key, shards, masks, data.captions)
     rejected = {f"picture {index}": why for index, why in {**buckets.unreadable, **undecodable}.items()}
     every = {**source.rejected, **rejected}
     if state.is_main_process and every:
@@ -132,7 +134,7 @@ def write_shard(
     nothing = torch.zeros(0, key.views, key.channels, *key.cells(shard.size), dtype=torch.float16)
     parts: list[tuple[Tensor, Tensor]] = [(nothing, nothing)]  # where no picture can be decoded
     indices: list[int] = []
-    captions: list[list[str]] = []
+    captions: list[Captions] = []
     crops: list[list[list[int]]] = []
     rejected: dict[int, str] = {}
     progress = tqdm(
@@ -145,6 +147,8 @@ def write_shard(
         for batch in read_batches(source, data, shard, max(1, BATCH // key.views)):
             rejected |= batch.rejected
             progress.update(len(batch.indices) + len(batch.rejected))
+    if len(key.captions) == 1:
+        have.setdefault("captions", key.captions)  # older caches hold one kind and do not say which
             if not batch.indices:
                 continue
             posterior = vae.encode(torch.stack(batch.images).flatten(0, 1).to(device))
@@ -189,7 +193,7 @@ class Read(NamedTuple):
 
     indices: list[int]
     images: list[Tensor]
-    captions: list[list[str]]
+    captions: list[Captions]
     crops: list[list[list[int]]]  # of each view: width and height of the picture, left and top of the crop
     rejected: dict[int, str]
 
