@@ -6,14 +6,21 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import numpy as np
 import pytest
+import torch
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
-from train import tars
+from autoencoder.vae import AutoencoderKL
+from ldm.checkpoint import save_model
+from tests.test_buckets import VAE
+from train import encoding, tars
 from train.data import DataConfig, open_source
+from train.encoding import compute_latents
 from train.pictures import upright
 from train.tars import Tars, expand_braces
 
@@ -125,28 +132,92 @@ def test_a_tar_that_is_cut_after_its_index_was_made(tmp_path):
         source[2]
 
 
-def test_a_remote_place_is_asked_again(tmp_path, monkeypatch):
+class PayloadError(Exception):
+    """As aiohttp's: no OSError."""
+
+
+class Far(LocalFileSystem):
+    """Files here as if they were far away: it fails as often as `failures` says, each time in another way."""
+
+    protocol = ("far",)
+    failures: ClassVar[list[Exception | int]] = []  # an int: the file is cut after so many bytes
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).removeprefix("far://"))
+
+    def unstrip_protocol(self, name):
+        return f"far://{name}"
+
+    def _open(self, path, mode="rb", **options):
+        if not self.failures:
+            return super()._open(path, mode, **options)
+        match self.failures.pop(0):
+            case int(length):
+                return io.BytesIO(Path(path).read_bytes()[:length])
+            case error:
+                raise error
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """Where the pauses between attempts are noted instead of made; the files are reached as far://."""
+    noted: list[float] = []
+    monkeypatch.setattr(tars.time, "sleep", noted.append)
+    monkeypatch.setattr(Far, "failures", [])
+    fsspec.register_implementation("far", Far, clobber=True)
+    return noted
+
+
+def test_a_remote_place_is_asked_again_and_then_named(tmp_path, pauses):
     write_tar(tmp_path / "x.tar", samples(0))
-    memory = fsspec.filesystem("memory")
-    memory.pipe_file("/shards/x.tar", (tmp_path / "x.tar").read_bytes())
-    source = Tars("memory://shards/*.tar", "text", 0)
-    assert source[1][1] == ["picture 1"]
-    pauses, opened, failures = [], fsspec.open, [2]
-    monkeypatch.setattr(tars.time, "sleep", pauses.append)
-
-    def flaky(path, mode):
-        failures[0] -= 1
-        if failures[0] >= 0:
-            raise OSError("connection reset")
-        return opened(path, mode)
-
-    monkeypatch.setattr(tars.fsspec, "open", flaky)
-    assert np.array_equal(source[1][0], upright(Image.open(io.BytesIO(png(10, (7, 4))))))
+    Far.failures[:] = [700, ConnectionResetError("reset")]  # while the index is made
+    source = Tars(f"far://{tmp_path}/*.tar", ["text"], 0)
     assert pauses == [0.5, 2.0]
-    failures[0] = 99
-    with pytest.raises(OSError, match=r"memory:.*x\.tar cannot be read after 4 attempts: connection"):
+    assert source[1][1] == {"text": ["picture 1"]}
+    for failures in ([TimeoutError()], [FileNotFoundError("404"), PayloadError("half of it")], [9, 9, 9]):
+        pauses.clear()
+        Far.failures[:] = failures
+        assert np.array_equal(source[1][0], upright(Image.open(io.BytesIO(png(10, (7, 4))))))
+        assert pauses == [0.5, 2.0, 8.0][: len(failures)]
+    Far.failures[:] = [TimeoutError()] * 99
+    with pytest.raises(OSError, match=r"far://.*x\.tar cannot be read after 4 attempts: TimeoutError"):
         source[1]
-    memory.rm("/shards", recursive=True)
+    assert len(Far.failures) == 95
+    pauses.clear()
+    Far.failures[:] = [ImportError("install farfs")]
+    with pytest.raises(OSError, match=r"x\.tar cannot be read: install farfs"):
+        source[1]
+    assert not pauses
+
+
+def test_encoding_that_a_remote_place_ended_goes_on(tmp_path, pauses, monkeypatch):
+    """What was encoded before stays, and the same call encodes the rest."""
+    monkeypatch.setattr(encoding, "SHARD", 2)
+    monkeypatch.setattr(encoding, "BATCH", 1)
+    write_tar(tmp_path / "x.tar", samples(0, count=6))
+    torch.manual_seed(0)
+    save_model(AutoencoderKL(VAE), tmp_path / "vae")
+    data = DataConfig(source=f"far://{tmp_path}/x.tar", size=16)
+    whole = compute_latents(data, tmp_path / "vae", tmp_path / "whole")
+    read = Tars.read
+    opened: list[int] = []
+
+    def ends(source, index, convert):
+        opened.append(index)
+        if opened == [0, 1, 2, 3]:
+            Far.failures[:] = [TimeoutError("too slow")] * 4
+        return read(source, index, convert)
+
+    monkeypatch.setattr(Tars, "read", ends)
+    with pytest.raises(OSError, match=r"far://.*x\.tar cannot be read after 4 attempts: too slow"):
+        compute_latents(data, tmp_path / "vae", tmp_path / "latents")
+    assert [path.name for path in (tmp_path / "latents").glob("*.safetensors")] == [
+        "latents-00000.safetensors"
+    ]
+    again = compute_latents(data, tmp_path / "vae", tmp_path / "latents")
+    assert opened == [0, 1, 2, 3, 2, 3, 4, 5]
+    assert torch.equal(again.buckets[0].mean, whole.buckets[0].mean)
 
 
 def test_braces():

@@ -33,6 +33,7 @@ from train.pictures import (
     UNREADABLE,
     opacity,
     open_checked,
+    printable,
     tell_rejected,
     upright,
     upright_size,
@@ -117,14 +118,16 @@ def find_tars(source: str) -> list[str]:
         source = f"{source}/*.tar"
     found = []
     for pattern in expand_braces(source):
-        if "*" in pattern:
-            files, path = fsspec.core.url_to_fs(pattern)
-            found += [files.unstrip_protocol(one) if is_remote(pattern) else one for one in files.glob(path)]
-        else:
-            found.append(pattern)
+        found += patiently(pattern, partial(glob, pattern)) if "*" in pattern else [pattern]
     if not found:
         raise ValueError(f"data.source={source!r} names no tar")
     return sorted(found)
+
+
+def glob(pattern: str) -> list[str]:
+    """The paths or addresses that a pattern with stars fits."""
+    files, path = fsspec.core.url_to_fs(pattern)
+    return [files.unstrip_protocol(one) if is_remote(pattern) else one for one in files.glob(path)]
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
@@ -152,17 +155,19 @@ def patiently(path: str, read: Callable[[], Any]) -> Any:
 
     Raises OSError, naming the place, if none succeeds: the run ends and can be resumed.
     """
-    attempts = ATTEMPTS if is_remote(path) else 1
-    for attempt in range(attempts):
-        if attempt:
-            time.sleep(0.5 * 4 ** (attempt - 1))
+    pauses = [0.5 * 4**k for k in range(ATTEMPTS - 1)] if is_remote(path) else []  # seconds
+    for pause in [*pauses, None]:
         try:
             return read()
-        except (OSError, ImportError, ValueError, tarfile.TarError) as error:
+        except Exception as error:  # noqa: BLE001 (each protocol raises what it likes)
             reason = error
-            log.debug("%s, attempt %d: %s", path, attempt + 1, error)
-    again = f" after {attempts} attempts" if attempts > 1 else ""
-    raise OSError(f"{path} cannot be read{again}: {reason}") from reason
+        # what no second attempt mends: a protocol that is not known, or whose package is not installed
+        if pause is None or isinstance(reason, ImportError | ValueError):
+            break
+        log.info("%s cannot be read, asking again in %g s: %r", path, pause, reason)
+        time.sleep(pause)
+    again = f" after {ATTEMPTS} attempts" if pauses and pause is None else ""
+    raise OSError(f"{path} cannot be read{again}: {str(reason) or repr(reason)}") from reason
 
 
 def read_part(path: str, offset: int, length: int) -> bytes:
@@ -245,7 +250,7 @@ def build_index(path: str, stamp: str, kinds: Sequence[str]) -> TarIndex:
     return TarIndex(path, stamp, samples, rejected)
 
 
-def read_caption(content: BinaryIO | Any, suffix: str, column: str) -> list[str]:
+def read_caption(content: BinaryIO | Any, suffix: str, kinds: Sequence[str]) -> Captions:
     """The captions in a file of a tar; none where it holds none."""
     text = content.read().decode("utf-8", errors="replace")
     if suffix != ".json":
