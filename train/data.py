@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
-import math
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from train.buckets import Buckets, Size, bucket_sizes, sort_into_buckets
 from train.captions import Captions, captions_of, plain, read_captions, tell_kinds
 from train.pictures import UNREADABLE, opacity, open_checked, tell_rejected, upright, upright_size
 from train.scenes import SceneSource
+from train.sizes import find_sizes
 from train.tars import Tars, holds_only_tars
 
 STYLES = ("shapes", "pictograms")
@@ -101,20 +101,16 @@ class DataConfig:
 def sort_source(source: Source, config: DataConfig, kept: Path | None = None) -> Buckets:
     """The buckets of a source. It reads every header, unless all pictures go into one bucket anyway.
 
-def sort_source(source: Source, config: DataConfig) -> Buckets:
-    """The buckets of a source. It reads every header, unless all pictures go into one bucket anyway."""
+    kept: a file that keeps what was read. Raises ValueError if no picture is left.
+    """
     sizes = bucket_sizes(config.size, config.side_multiple, config.max_aspect)
     if len(sizes) == 1 and config.max_enlargement is None:
         return Buckets(sizes, [range(len(source))])  # without a look at any picture
-    pictures, unreadable = {}, {}
-    for index in range(len(source)):
-        try:
-            pictures[index] = source.size(index)
-        except ValueError as error:
-            unreadable[index] = str(error)
-    return dataclasses.replace(
-        sort_into_buckets(pictures, sizes, config.max_enlargement), unreadable=unreadable
-    )
+    pictures, unreadable = find_sizes(source, kept)
+    if not pictures:
+        named = {f"picture {index}": why for index, why in unreadable.items()}
+        tell_rejected(config.source, named, len(named), config.max_bad_fraction)
+    return sort_into_buckets(pictures, sizes, config.max_enlargement, unreadable)
 
 
 def open_source(config: DataConfig) -> Source:
@@ -243,11 +239,11 @@ class HubDataset:
             ) from error
         for columns in ([config.image_column], config.kinds):
             if not any(column in table.column_names for column in columns):
-        tell_kinds(config.source, [table.column_names], config.kinds)
                 raise ValueError(
                     f"{config.source} has no column {' or '.join(map(repr, columns))}; it has "
                     f"{', '.join(table.column_names)}: set data.image_column and data.caption_column"
                 )
+        tell_kinds(config.source, [table.column_names], config.kinds)
         kind = table.features[config.image_column]
         if not isinstance(kind, datasets.Image):
             raise ValueError(
