@@ -154,7 +154,7 @@ def test_latents_of_a_bucket_share_a_shape_and_a_batch(folder, tmp_path, monkeyp
     for size, bucket in zip(latents.sizes, latents.buckets, strict=True):
         for row, index in enumerate(bucket.indices):
             image, captions = source[index]
-            assert latents.captions[index] == captions
+            assert {"text": latents.captions[index]} == captions
             seen = [np.asarray(frame(image, size, view), np.float32) for view in views(index, 2, flip=True)]
             pixels = torch.from_numpy(np.stack(seen)).permute(0, 3, 1, 2) / 127.5 - 1
             torch.testing.assert_close(

@@ -58,9 +58,9 @@ def test_captions_in_jsonl_csv_and_text_files(tmp_path):
             (folder / "b.txt").write_text("three\n")
         source = folder_source(folder)
         assert len(source) == 2
-        assert source[0][1] == (["one", "two"] if kind == "jsonl" else ["one"])
+        assert source[0][1] == {"text": ["one", "two"] if kind == "jsonl" else ["one"]}
         image, captions = source[1]
-        assert captions == ["three"]
+        assert captions == {"text": ["three"]}
         assert image.getpixel((3, 3))[2] > 200
 
 
@@ -205,7 +205,7 @@ def test_datasets_from_disk(tmp_path):
     datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "d"))
     source = folder_source(tmp_path / "d")
     image, captions = source[1]
-    assert (len(source), image.mode, captions) == (3, "RGB", ["b"])
+    assert (len(source), image.mode, captions) == (3, "RGB", {"text": ["b"]})
     with pytest.raises(ValueError, match="no column 'caption'; it has image, text"):
         folder_source(tmp_path / "d", caption_column="caption")
 
@@ -218,12 +218,12 @@ def test_metadata_in_parquet(tmp_path, caplog):
     picture(tmp_path / "b.png")
     table = {"file_name": ["a.png", "b.png"], "text": [["a caption", "another"], ["b"]]}
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "metadata.parquet")
-    assert [source_captions for _, source_captions in map(folder_source(tmp_path).__getitem__, range(2))] == [
-        ["a caption", "another"],
-        ["b"],
+    assert [texts for _, texts in map(folder_source(tmp_path).__getitem__, range(2))] == [
+        {"text": ["a caption", "another"]},
+        {"text": ["b"]},
     ]
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,from csv\n")
-    assert folder_source(tmp_path)[0][1] == ["from csv"]
+    assert folder_source(tmp_path)[0][1] == {"text": ["from csv"]}
     assert "read from metadata.csv, not from metadata.parquet" in caplog.text
     (tmp_path / "metadata.csv").unlink()
     (tmp_path / "metadata.parquet").write_bytes(b"PAR1 and nothing")

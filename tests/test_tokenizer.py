@@ -138,6 +138,16 @@ def test_what_is_read_and_saved_again_stays_the_same(pair, tmp_path):
     assert torch.equal(stock_tokens(stock, NASTY), ours(NASTY))
 
 
+def test_transformers_reads_the_first_chunk_of_a_tokenizer_of_several(pair, tmp_path):
+    ours = Tokenizer(pair[0].vocab, pair[0].merges, chunks=2)
+    ours.save(tmp_path)
+    again, stock = Tokenizer.from_folder(tmp_path), transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    assert again.chunks == 2
+    assert torch.equal(stock_tokens(stock, NASTY), again(NASTY)[:, 0])
+    stock.save_pretrained(tmp_path / "stock")
+    assert torch.equal(Tokenizer.from_folder(tmp_path / "stock")(NASTY)[:, 0], again(NASTY)[:, 0])
+
+
 @pytest.mark.skipif(
     "LDM_CLIP_VOCAB" not in os.environ, reason="LDM_CLIP_VOCAB does not name CLIP's vocabulary"
 )

@@ -183,15 +183,17 @@ class CLIPTextEncoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """The last hidden state after the final layer norm: what Stable Diffusion calls the context.
 
-        tokens: (B, N) int64, N <= max_position_embeddings. Returns (B, N, D).
+        tokens: (B, N) int64, N <= max_position_embeddings; or (B, K, N) in K chunks, of which none sees
+        another. Returns (B, N, D), or (B, K * N, D), the chunks one after the other.
         Raises ValueError if there are more tokens than positions.
         """
-        if tokens.shape[1] > self.config.max_position_embeddings:
+        if tokens.shape[-1] > self.config.max_position_embeddings:
             raise ValueError(
-                f"{tokens.shape[1]} tokens, but this text encoder has {self.config.max_position_embeddings} "
+                f"{tokens.shape[-1]} tokens, but this text encoder has {self.config.max_position_embeddings} "
                 "positions: cut the prompt, as Tokenizer does at its max_length"
             )
-        return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
+        states = self.final_layer_norm(self.encoder(self.embeddings(tokens.flatten(0, -2))))
+        return states.unflatten(0, tokens.shape[:-1]).flatten(1, -2)
 
     def pool(self, states: Tensor, tokens: Tensor) -> Tensor:
         """The state at each prompt's first end token, which has seen the whole prompt: (B, D).

@@ -31,6 +31,7 @@ class Tokenizer:
     """Prompts to tokens: start, the text, end, then padding up to max_length.
 
     pad: SD 1 pads with the end token (the default), SD 2 with "!", which is id 0.
+    chunks: of max_length tokens that a prompt may fill, each with start and end; what does not fit is cut.
     added: tokens to find in a prompt before it is split, such as textual inversion's; new ones get new ids.
     Raises ValueError if the vocabulary lacks what the merges or the special tokens name.
     """
@@ -45,9 +46,11 @@ class Tokenizer:
         pad: str = END,
         added: Sequence[AddedToken] = (),
         max_length: int = MAX_LENGTH,
+        chunks: int = 1,
     ) -> None:
         if max_length < 2:
             raise ValueError(f"max_length={max_length}: the start and end token alone are 2")
+        self.chunks = chunks
         self.vocab, self.merges, self.max_length = dict(vocab), list(merges), max_length
         self.special = {"bos_token": start, "eos_token": end, "pad_token": pad, "unk_token": end}
         self._backend = _byte_pairs(self.vocab, self.merges, unknown=end)
@@ -67,6 +70,22 @@ class Tokenizer:
         """One more than the highest id: vocab_size of the text encoder that reads them."""
         return self._size
 
+    @property
+    def chunks(self) -> int:
+        """Of a prompt. A model says how many it was trained with; more may be set for long prompts."""
+        return self._chunks
+
+    @chunks.setter
+    def chunks(self, count: int) -> None:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"chunks={count!r}: expected a whole number from 1")
+        self._chunks = count
+
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt that are read, without start and end: 75 in one of CLIP's chunks."""
+        return self.chunks * (self.max_length - 2)
+
     def token_id(self, name: str) -> int:
         """The id of a token. Raises ValueError if there is none of that name."""
         found = self._backend.token_to_id(name)
@@ -77,20 +96,29 @@ class Tokenizer:
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Tokens of the prompts, without the tails that do not fit (see cut): (B, max_length) int64.
 
+        Of several chunks (B, chunks, max_length): those that a prompt does not fill are of the empty prompt.
         Raises ValueError if prompts is one string, or holds something that is not valid Unicode.
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts={prompts!r} is one string: pass a list of prompts")
-        tokens = torch.full((len(prompts), self.max_length), self.pad_id)
+        tokens = torch.full((len(prompts), self.chunks, self.max_length), self.pad_id)
         for row, prompt in zip(tokens, prompts, strict=True):
-            ids = [self.start_id, *self._encode(prompt).ids[: self.max_length - 2], self.end_id]
-            row[: len(ids)] = torch.tensor(ids)
-        return tokens
+            ids, width = self._encode(prompt).ids[: self.room], self.max_length - 2
+            for place, chunk in enumerate(row):
+                part = [self.start_id, *ids[place * width : (place + 1) * width], self.end_id]
+                chunk[: len(part)] = torch.tensor(part)
+        return tokens if self.chunks > 1 else tokens[:, 0]
 
     def cut(self, prompt: str) -> str:
-        """The end of the prompt that does not fit into max_length, as written; "" if all of it does."""
-        tail = self._encode(prompt).offsets[self.max_length - 2 :]
+        """The end of the prompt that does not fit into the chunks, as written; "" if all of it does."""
+        tail = self._encode(prompt).offsets[self.room :]
         return prompt[tail[0][0] :] if tail else ""
+
+    def lengths(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt as a whole, without start and end."""
+        return [
+            len(each) for each in self._backend.encode_batch_fast(list(prompts), add_special_tokens=False)
+        ]
 
     def _encode(self, prompt: str) -> tokenizers.Encoding:
         try:
@@ -149,8 +177,8 @@ class Tokenizer:
             )
         try:
             merges = [_pair(line) for line in lines]
-            special, added, ids, max_length = _read_settings(folder, whole.get("added_tokens", []))
-            tokenizer = cls(vocab, merges, **special, added=added, max_length=max_length)
+            special, added, ids, lengths = _read_settings(folder, whole.get("added_tokens", []))
+            tokenizer = cls(vocab, merges, **special, added=added, **lengths)
             for name, token_id in ids.items():
                 if tokenizer.token_id(name) != token_id:
                     raise ValueError(f"the added token {name!r} cannot have the id {token_id}")
@@ -172,6 +200,7 @@ class Tokenizer:
         settings = {
             "tokenizer_class": "CLIPTokenizer",
             "model_max_length": self.max_length,
+            **({"chunks": self.chunks} if self.chunks > 1 else {}),  # others cut prompts after the first
             "do_lower_case": True,
             "errors": "replace",
             "add_prefix_space": False,
@@ -230,8 +259,8 @@ def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
 
 def _read_settings(
     folder: Path, whole: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, str], list[AddedToken], dict[str, int], int]:
-    """Arguments of Tokenizer: the special tokens by name, added, the ids that it should have, max_length.
+) -> tuple[dict[str, str], list[AddedToken], dict[str, int], dict[str, int]]:
+    """Arguments of Tokenizer: the special tokens by name, added, the ids that it should have, and lengths.
 
     whole: the added tokens of tokenizer.json. Which of the files counts is decided as transformers 5 does.
     """
@@ -251,7 +280,8 @@ def _read_settings(
     max_length = settings.get("model_max_length", MAX_LENGTH)
     if max_length > 10**9:  # transformers writes 1e30 where nobody told it
         max_length = MAX_LENGTH
-    return {role: token.content for role, token in named.items()}, list(added.values()), ids, max_length
+    lengths = {"max_length": max_length, "chunks": settings.get("chunks", 1)}
+    return {role: token.content for role, token in named.items()}, list(added.values()), ids, lengths
 
 
 def _token(entry: str | Mapping[str, Any]) -> AddedToken:

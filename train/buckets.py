@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -85,13 +86,21 @@ class Buckets:
             rows.append(f"{size!s:>11}  {len(members):>8}  {lost:>7.1%}")
         if self.dropped:
             rows.append(f"    left out  {len(self.dropped):>8}  smaller than data.max_enlargement allows")
+        if self.unreadable:
+            rows.append(f"    left out  {len(self.unreadable):>8}  unreadable")
         return "\n".join(rows)
 
 
 def sort_into_buckets(
-    pictures: Mapping[int, Size], sizes: Sequence[Size], max_enlargement: float | None
+    pictures: Mapping[int, Size],
+    sizes: Sequence[Size],
+    max_enlargement: float | None,
+    unreadable: Mapping[int, str] = MappingProxyType({}),
 ) -> Buckets:
-    """The buckets of pictures by their index in the source. Raises ValueError if none is left."""
+    """The buckets of pictures by their index in the source. unreadable: others, and why they have no size.
+
+    Raises ValueError if none is left.
+    """
     members: list[list[int]] = [[] for _ in sizes]
     lost = [0.0] * len(sizes)
     dropped = []
@@ -103,9 +112,10 @@ def sort_into_buckets(
             members[bucket].append(index)
             lost[bucket] += cropped(picture, sizes[bucket])
     if len(dropped) == len(pictures):
+        others = f" ({len(unreadable)} more cannot be read)" if unreadable else ""
         raise ValueError(
-            f"all {len(dropped)} pictures would be enlarged more than {max_enlargement} times to cover their "
-            "bucket: lower data.size, or raise data.max_enlargement"
+            f"all {len(dropped)} pictures{others} would be enlarged more than {max_enlargement} times to "
+            "cover their bucket: lower data.size, or raise data.max_enlargement"
         )
     full = [k for k in range(len(sizes)) if members[k]]
     return Buckets(
@@ -113,6 +123,7 @@ def sort_into_buckets(
         [members[k] for k in full],
         dropped,
         [lost[k] / len(members[k]) for k in full],
+        unreadable,
     )
 
 

@@ -72,6 +72,10 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         return from_mapping(cast("type", hint), value, f"{where}.")
     if origin in (tuple, list):
         return coerce_items(value, origin, options, where)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}={value!r}: expected keys and values, as {{a: 1, b: 2}}")
+        return {str(key): coerce(item, options[1], f"{where}.{key}") for key, item in value.items()}
     return coerce_scalar(value, hint, where)
 
 

@@ -103,6 +103,11 @@ class Contrastive:
         self.vae = load_model(AutoencoderKL, autoencoder).requires_grad_(False)
         torch.manual_seed(recipe.seed)  # initial weights
         encoder, self.tokenizer = build_text_encoder(recipe.text_encoder, list(latents.captions.values()))
+        if self.tokenizer.chunks > 1:
+            raise ValueError(
+                f"text_encoder.chunks={self.tokenizer.chunks}: captions are compared by one chunk; "
+                "set 1 here, and more in the recipe of the UNet"
+            )
         channels, width = self.vae.config.latent_channels, encoder.config.hidden_size
         self.contrast = Contrast(encoder, Tower(channels, recipe.tower, width, recipe.groups))
         self.module: nn.Module = self.contrast
@@ -124,15 +129,20 @@ class Contrastive:
         }
 
     def validate(self, buckets: Sequence[Sequence[int]]) -> dict[str, float]:
-        """The loss over batches of the recipe's size, and how many captions find their own picture."""
-        device, total, found = self.contrast.logit_scale.device, 0.0, 0.0
+        """The loss over batches of the recipe's size, and how many captions find their own picture.
+
+        candidates: among how many pictures, on average. A bucket that fills no batch has fewer, which is
+        easier: only values with the same number of candidates compare.
+        """
+        device, total, found, candidates = self.contrast.logit_scale.device, 0.0, 0.0, 0.0
         count = sum(map(len, buckets))
         for draws in fixed_draws(buckets, self.recipe.batch_size):
             batch = {name: value.to(device) for name, value in self.batch(draws).items()}
             loss, values = self.contrast(**batch)
             total += loss.sum().item() / count
             found += values["found"].sum().item() / count
-        return {"loss": total, "found": found}
+            candidates += len(draws) ** 2 / count
+        return {"loss": total, "found": found, "candidates": candidates}
 
     def preview(self) -> Image.Image:
         """A row for each of eight captions: its own picture, then the seven of 256 that fit it best."""

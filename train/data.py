@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any, Literal, Protocol
 from PIL import Image
 
 from train.buckets import Buckets, Size, bucket_sizes, sort_into_buckets
-from train.captions import clean_captions, read_captions
+from train.captions import Captions, captions_of, plain, read_captions, tell_kinds
 from train.pictures import UNREADABLE, opacity, open_checked, tell_rejected, upright, upright_size
 from train.scenes import SceneSource
+from train.sizes import find_sizes
 from train.tars import Tars, holds_only_tars
 
 STYLES = ("shapes", "pictograms")
@@ -29,7 +30,7 @@ class Source(Protocol):
     rejected: dict[str, str]  # what cannot be used and is left out, and why
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]: ...
+    def __getitem__(self, index: int) -> tuple[Image.Image, Captions]: ...
     def mask(self, index: int) -> Image.Image:
         """What the picture is about, 255, and what is around it, 0: greys (L) of the picture's size."""
 
@@ -56,6 +57,9 @@ class DataConfig:
     dataset_config: str | None = None  # of a dataset that has several: the name of one
     image_column: str = "image"  # of a dataset
     caption_column: str = "text"  # of a dataset, of a folder's metadata file, or of .json files in tars
+    captions: dict[str, float] | None = (
+        None  # several such columns and their weights, as {long: 95, short: 5}
+    )
     dataset_split: str = "train"  # of a dataset
     max_bad_fraction: float = 0.01  # of the pictures that may be unreadable and are left out
 
@@ -80,29 +84,40 @@ class DataConfig:
             raise ValueError(
                 f"data.max_bad_fraction={self.max_bad_fraction}: a fraction lies between 0 and 1"
             )
+        if self.captions is not None:
+            if not all(0 <= weight < math.inf for weight in self.captions.values()) or not any(
+                self.captions.values()
+            ):
+                raise ValueError(f"data.captions={self.captions}: expected weights of 0 or more, such as 95")
+            if self.source in STYLES:
+                raise ValueError(f"data.captions={self.captions}: the captions of scenes are of one kind")
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of captions: the columns that hold them."""
+        return list(self.captions or [self.caption_column])
 
 
-def sort_source(source: Source, config: DataConfig) -> Buckets:
-    """The buckets of a source. It reads every header, unless all pictures go into one bucket anyway."""
+def sort_source(source: Source, config: DataConfig, kept: Path | None = None) -> Buckets:
+    """The buckets of a source. It reads every header, unless all pictures go into one bucket anyway.
+
+    kept: a file that keeps what was read. Raises ValueError if no picture is left.
+    """
     sizes = bucket_sizes(config.size, config.side_multiple, config.max_aspect)
     if len(sizes) == 1 and config.max_enlargement is None:
         return Buckets(sizes, [range(len(source))])  # without a look at any picture
-    pictures, unreadable = {}, {}
-    for index in range(len(source)):
-        try:
-            pictures[index] = source.size(index)
-        except ValueError as error:
-            unreadable[index] = str(error)
-    return dataclasses.replace(
-        sort_into_buckets(pictures, sizes, config.max_enlargement), unreadable=unreadable
-    )
+    pictures, unreadable = find_sizes(source, kept)
+    if not pictures:
+        named = {f"picture {index}": why for index, why in unreadable.items()}
+        tell_rejected(config.source, named, len(named), config.max_bad_fraction)
+    return sort_into_buckets(pictures, sizes, config.max_enlargement, unreadable)
 
 
 def open_source(config: DataConfig) -> Source:
     """The source that a recipe names. Raises ValueError when there is none or it holds no usable picture."""
     if config.source in STYLES:
         return Scenes(config)
-    tars = (config.source, config.caption_column, config.max_bad_fraction)
+    tars = (config.source, config.kinds, config.max_bad_fraction)
     if config.source.endswith(".tar"):
         return Tars(*tars)
     path = Path(config.source)
@@ -130,7 +145,7 @@ class Scenes:
             config.font,
             config.split,
         )
-        self.length = config.length
+        self.length, self.kind = config.length, config.caption_column
         self.rejected: dict[str, str] = {}
         self.description = (
             f"{config.source} scenes, seed {config.scene_seed}, {config.size} px, {config.split}, "
@@ -140,8 +155,9 @@ class Scenes:
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
-        return self.scenes[index]
+    def __getitem__(self, index: int) -> tuple[Image.Image, Captions]:
+        image, captions = self.scenes[index]
+        return image, {self.kind: captions}
 
     def mask(self, index: int) -> Image.Image:
         return self.scenes.mask(index)
@@ -158,9 +174,9 @@ class ImageFolder:
 
     def __init__(self, folder: Path, config: DataConfig) -> None:
         self.folder = folder
-        captions = read_captions(folder, config.caption_column)
+        captions = read_captions(folder, config.kinds)
         self.rejected: dict[str, str] = {}  # name -> why
-        self.entries: list[tuple[str, list[str]]] = []
+        self.entries: list[tuple[str, Captions]] = []
         self.sizes: list[Size] = []
         for name in sorted(captions):
             try:
@@ -172,7 +188,8 @@ class ImageFolder:
         tell_rejected(str(folder), self.rejected, len(captions), config.max_bad_fraction)
         digest = hashlib.sha256()
         for name, texts in self.entries:
-            digest.update(json.dumps([name, (folder / name).stat().st_size, texts]).encode())
+            content = [name, (folder / name).stat().st_size, plain(texts, config.kinds)]
+            digest.update(json.dumps(content, sort_keys=True).encode())
         self.description = (
             f"{len(self.entries)} pictures, {config.size} px, contents {digest.hexdigest()[:16]}"
         )
@@ -180,7 +197,7 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, Captions]:
         name, captions = self.entries[index]
         return self.read(name, upright), captions
 
@@ -220,12 +237,13 @@ class HubDataset:
                 f"data.source={config.source!r} cannot be loaded as a dataset with a split "
                 f"{config.dataset_split!r}: {error}"
             ) from error
-        for column in (config.image_column, config.caption_column):
-            if column not in table.column_names:
+        for columns in ([config.image_column], config.kinds):
+            if not any(column in table.column_names for column in columns):
                 raise ValueError(
-                    f"{config.source} has no column {column!r}; it has {', '.join(table.column_names)}: "
-                    "set data.image_column and data.caption_column"
+                    f"{config.source} has no column {' or '.join(map(repr, columns))}; it has "
+                    f"{', '.join(table.column_names)}: set data.image_column and data.caption_column"
                 )
+        tell_kinds(config.source, [table.column_names], config.kinds)
         kind = table.features[config.image_column]
         if not isinstance(kind, datasets.Image):
             raise ValueError(
@@ -242,9 +260,10 @@ class HubDataset:
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, Captions]:
         image, row = self.read(index, upright)
-        return image, clean_captions(row[self.config.caption_column]) or [""]  # no text: the empty prompt
+        kinds = self.config.kinds
+        return image, captions_of(row, kinds) or {kinds[0]: [""]}  # no text: the empty prompt
 
     def mask(self, index: int) -> Image.Image:
         return self.read(index, opacity)[0]

@@ -151,7 +151,8 @@ class LatentDiffusion:
         }
 
     def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
-        """x0, noise, perturbation (B, C, h, w), t (B,), tokens (B, N): each a function of the draw alone."""
+        """x0, noise, perturbation (B, C, h, w), t (B,), tokens (B, N) or (B, K, N) in chunks: each a function
+        of the draw alone, so a caption has all K chunks whatever the others of its batch fill."""
         z = self.latents.sample(draws)
         u = float(torch.rand((), dtype=torch.float64, generator=generator("t", draws[0].seed, draws[0].step)))
         T, shift = len(self.scheduler.schedule.alpha), self.recipe.objective.timestep_shift
@@ -261,7 +262,7 @@ class Diffusion(nn.Module):
         area_weight: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss (B,). x0, noise, perturbation: (B, C, h, w); area_weight: (B, 1, h, w); t: (B,) int64;
-        tokens: (B, N) int64."""
+        tokens: (B, N) int64, or (B, K, N) in chunks."""
         context = self.encode(tokens)
         loss = diffusion_loss(
             self.unet, self.schedule, x0, context, self.kind, noise, t, self.weight, perturbation, area_weight
@@ -272,7 +273,7 @@ class Diffusion(nn.Module):
 
 
 def frozen(text_encoder: CLIPTextEncoder) -> Callable[[Tensor], Tensor]:
-    """tokens (B, N) -> context (B, N, D) by an encoder that does not learn, on the device of the tokens."""
+    """The forward of an encoder that does not learn, on the device of the tokens."""
     text_encoder.eval().requires_grad_(False)
 
     @torch.no_grad()

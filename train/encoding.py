@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -23,15 +25,18 @@ from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import load_model
 from ldm.config import read_json, replacing, write_json
 from train.buckets import Size, crop_corner, frame, views
+from train.captions import Captions
 from train.checkpoint import weights_sha256
 from train.data import DataConfig, Source, open_source, sort_source
 from train.latents import CacheKey, Latents, Shard, read_header, read_latents
 from train.loop import cpu_only
 from train.pictures import tell_rejected, to_tensor
+from train.record import minutes
 
 log = logging.getLogger(__name__)
 SHARD = 4096  # pictures a file
 BATCH = 32  # views of pictures encoded at a time
+TELL_EVERY = 30  # seconds between lines of progress, where there is no bar
 
 
 def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bool = False) -> Latents:
@@ -42,7 +47,7 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bo
     """
     state = PartialState(cpu=cpu_only())
     source = open_source(data)
-    buckets = sort_source(source, data)
+    buckets = sort_source(source, data, folder / "sizes.safetensors")
     vae = load_model(AutoencoderKL, autoencoder).to(state.device)
     vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for size in [*buckets.sizes, Size(data.size, data.size)]:  # the last for the pictures of a preview
@@ -60,6 +65,7 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bo
         counts,
         data.crops,
         data.flip,
+        sorted(data.kinds),
     )
     check_key(folder, key)
     if state.is_main_process and not (folder / "cache.json").exists():
@@ -76,13 +82,15 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bo
         log.info("%d pictures go into %d buckets\n%s", len(source), len(buckets.sizes), buckets.table())
     if missing and state.is_main_process:
         log.info("encoding %d pictures into %s", sum(len(shard.indices) for shard in missing), folder)
-    for shard in missing[state.process_index :: state.num_processes]:
-        write_shard(vae, source, data, key, shard, folder, state.device)
+    mine = missing[state.process_index :: state.num_processes]
+    with Progress(sum(len(shard.indices) for shard in mine), state) as progress:
+        for shard in mine:
+            write_shard(vae, source, data, key, shard, folder, progress)
     state.wait_for_everyone()  # the masks are those of the pictures that all ranks have encoded
     if masks and state.is_main_process:
         write_masks(source, data, key, shards, folder)
     state.wait_for_everyone()
-    latents, undecodable = read_latents(folder, key, shards, masks)
+    latents, undecodable = read_latents(folder, key, shards, masks, data.captions)
     rejected = {f"picture {index}": why for index, why in {**buckets.unreadable, **undecodable}.items()}
     every = {**source.rejected, **rejected}
     if state.is_main_process and every:
@@ -93,12 +101,54 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bo
     return latents
 
 
+class Progress:
+    """How far this rank's encoding is: a bar on a terminal, else a line now and then; then the speed."""
+
+    def __init__(self, total: int, state: PartialState) -> None:
+        """total: pictures. Only the main process tells."""
+        self.total, self.done, self.quiet = total, 0, not (state.is_main_process and total)
+        self.share = f" of rank 0 of {state.num_processes}" if state.num_processes > 1 else ""
+        self.bar = tqdm(
+            total=total, unit=" pictures", desc="encoding", disable=self.quiet or not sys.stderr.isatty()
+        )
+        self.began = self.told = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+        if not self.quiet and error is None:
+            seconds, speed = self.so_far()
+            log.info("encoded %d pictures%s in %s, %.1f/s", self.done, self.share, minutes(seconds), speed)
+
+    def add(self, count: int) -> None:
+        """Pictures that have been read since the last call."""
+        self.done += count
+        self.bar.update(count)
+        if self.bar.disable and not self.quiet and time.monotonic() - self.told >= TELL_EVERY:
+            self.told = time.monotonic()
+            _, speed = self.so_far()
+            left = minutes((self.total - self.done) / speed)
+            done = f"{self.done} of {self.total} pictures{self.share}"
+            log.info("encoded %s, %.1f/s, %s left", done, speed, left)
+
+    def so_far(self) -> tuple[float, float]:
+        """Seconds since the beginning, and pictures in each."""
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        return seconds, self.done / seconds
+
+
 def check_key(folder: Path, key: CacheKey) -> None:
     """Raises ValueError if `folder` holds latents of another autoencoder or of other data."""
     path = folder / "cache.json"
     if not path.exists():
         return
     have = read_json(path)
+    if len(key.captions) == 1:
+        have.setdefault("captions", key.captions)  # older caches hold one kind and do not say which
     for name, want in asdict(key).items():
         if have.get(name) != want:
             raise ValueError(
@@ -122,38 +172,32 @@ def write_shard(
     key: CacheKey,
     shard: Shard,
     folder: Path,
-    device: torch.device,
+    progress: Progress,
 ) -> None:
     """Encode one shard's pictures into one file, captions in its header, whole or not at all.
 
     The header also holds what a size conditioning wants to know of each view: the width and height of the
     picture, and left and top of the crop in the picture as it was resized.
     """
+    device = next(vae.parameters()).device
     nothing = torch.zeros(0, key.views, key.channels, *key.cells(shard.size), dtype=torch.float16)
     parts: list[tuple[Tensor, Tensor]] = [(nothing, nothing)]  # where no picture can be decoded
     indices: list[int] = []
-    captions: list[list[str]] = []
+    captions: list[Captions] = []
     crops: list[list[list[int]]] = []
     rejected: dict[int, str] = {}
-    progress = tqdm(
-        total=len(shard.indices),
-        unit="picture",
-        disable=not sys.stderr.isatty(),
-        desc=f"shard {shard.number}, {shard.size}",
-    )
-    with progress:
-        for batch in read_batches(source, data, shard, max(1, BATCH // key.views)):
-            rejected |= batch.rejected
-            progress.update(len(batch.indices) + len(batch.rejected))
-            if not batch.indices:
-                continue
-            posterior = vae.encode(torch.stack(batch.images).flatten(0, 1).to(device))
-            split = (len(batch.indices), key.views)
-            mean, std = posterior.mean.unflatten(0, split), posterior.std.unflatten(0, split)
-            parts.append((mean.half().cpu(), std.half().cpu()))
-            indices += batch.indices
-            captions += batch.captions
-            crops += batch.crops
+    for batch in read_batches(source, data, shard, max(1, BATCH // key.views)):
+        rejected |= batch.rejected
+        progress.add(len(batch.indices) + len(batch.rejected))
+        if not batch.indices:
+            continue
+        posterior = vae.encode(torch.stack(batch.images).flatten(0, 1).to(device))
+        split = (len(batch.indices), key.views)
+        mean, std = posterior.mean.unflatten(0, split), posterior.std.unflatten(0, split)
+        parts.append((mean.half().cpu(), std.half().cpu()))
+        indices += batch.indices
+        captions += batch.captions
+        crops += batch.crops
     header = {
         "indices": json.dumps(indices),
         "captions": json.dumps(captions),
@@ -189,7 +233,7 @@ class Read(NamedTuple):
 
     indices: list[int]
     images: list[Tensor]
-    captions: list[list[str]]
+    captions: list[Captions]
     crops: list[list[list[int]]]  # of each view: width and height of the picture, left and top of the crop
     rejected: dict[int, str]
 

@@ -7,8 +7,9 @@ encoder by the hash of its weights and the data by its description, so a stale c
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from train.buckets import Size
+from train.captions import Captions, chances, every
 from train.plan import Draw, choose, normal, uniform
 
 
@@ -32,6 +34,7 @@ class CacheKey:
     buckets: list[list[int]]  # width and height in pixels, and pictures, of each
     crops: int  # of each picture
     flip: bool  # with the mirror image of each crop
+    captions: list[str] = field(default_factory=lambda: ["text"])  # the kinds that are kept with them
 
     @property
     def views(self) -> int:
@@ -55,10 +58,16 @@ class Bucket(NamedTuple):
 class Latents:
     """The latents and captions of a source, read by index. What is asked for at once is of one bucket."""
 
-    def __init__(self, buckets: Sequence[Bucket], captions: dict[int, list[str]], key: CacheKey) -> None:
-        """captions: by index."""
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        captions: dict[int, list[str]],
+        key: CacheKey,
+        chances: dict[int, list[float]] | None = None,
+    ) -> None:
+        """captions: by index. chances: of each of them, added up to 1; None: all of a picture are alike."""
         self.buckets, self.key = buckets, key
-        self.captions = dict(sorted(captions.items()))
+        self.captions, self.chances = dict(sorted(captions.items())), chances
         self.places = {
             index: (number, row)
             for number, one in enumerate(buckets)
@@ -100,11 +109,17 @@ class Latents:
     def choose_captions(self, draws: list[Draw], dropout: float = 0.0) -> list[str]:
         """One of the captions of each sample, or, with probability `dropout`, the empty prompt."""
         choice, drop = uniform(draws, "caption").tolist(), uniform(draws, "drop").tolist()
-        captions = [self.captions[draw.index] for draw in draws]
         return [
-            "" if lost < dropout else texts[int(which * len(texts))]
-            for texts, which, lost in zip(captions, choice, drop, strict=True)
+            "" if lost < dropout else self.caption(draw.index, which)
+            for draw, which, lost in zip(draws, choice, drop, strict=True)
         ]
+
+    def caption(self, index: int, which: float) -> str:
+        """The caption of a picture that `which`, from 0 to below 1, falls on."""
+        texts = self.captions[index]
+        if self.chances is None:
+            return texts[int(which * len(texts))]
+        return texts[min(bisect(self.chances[index], which), len(texts) - 1)]
 
 
 def autoencoder_folder(path: str | Path) -> Path:
@@ -133,14 +148,15 @@ class Shard(NamedTuple):
 
 
 def read_latents(
-    folder: Path, key: CacheKey, shards: list[Shard], masks: bool
+    folder: Path, key: CacheKey, shards: list[Shard], masks: bool, weights: Mapping[str, float] | None = None
 ) -> tuple[Latents, dict[int, str]]:
     """All shards, put together by bucket; and the pictures that could not be decoded, and why.
 
+    weights: of the kinds of captions, where there are several.
     Raises ValueError naming a shard that is cut or of another shape.
     """
     rejected: dict[int, str] = {}
-    captions: dict[int, list[str]] = {}
+    captions: dict[int, Captions] = {}
     parts: dict[Size, list[Bucket]] = {}
     for shard in shards:
         path = shard.path(folder)
@@ -159,7 +175,9 @@ def read_latents(
         if masks:
             mask = read_shard(shard.path(folder, "masks"), {"mask": (*rows, 1, *cells)})["mask"]
         parts.setdefault(shard.size, []).append(Bucket(indices, tensors["mean"], tensors["std"], mask))
-    return Latents([joined(bucket) for bucket in parts.values()], captions, key), rejected
+    chance = None if weights is None else {index: chances(one, weights) for index, one in captions.items()}
+    every_text = {index: every(one) for index, one in captions.items()}
+    return Latents([joined(bucket) for bucket in parts.values()], every_text, key, chance), rejected
 
 
 def joined(parts: list[Bucket]) -> Bucket:
@@ -170,13 +188,14 @@ def joined(parts: list[Bucket]) -> Bucket:
     return Bucket(indices, mean, std, torch.cat(masks) if masks else None)
 
 
-def read_header(path: Path) -> tuple[list[int], list[list[str]], dict[int, str]]:
+def read_header(path: Path) -> tuple[list[int], list[Captions], dict[int, str]]:
     """Of a shard of latents: indices and captions of its pictures, and what was left out, by index."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
         indices, captions = json.loads(header["indices"]), json.loads(header["captions"])
         rejected = {int(index): why for index, why in json.loads(header["rejected"]).items()}
+        captions = [{"": each} if isinstance(each, list) else each for each in captions]  # in older shards
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise damaged(path, error) from error
     return indices, captions, rejected

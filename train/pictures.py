@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -51,11 +53,24 @@ def open_checked(file: Path | IO[bytes]) -> Image.Image:
     return image
 
 
+def printable(name: str) -> str:
+    """A name as it may be shown: signs that could act on a terminal are written out."""
+    return name if name.isprintable() else ascii(name)
+
+
+def by_reason(rejected: Mapping[str, str]) -> str:
+    """How often each reason comes, numbers and names in it aside."""
+    reasons = Counter(re.sub(r"\d+", "N", why.split(" cannot be decoded: ")[-1]) for why in rejected.values())
+    return "; ".join(f"{count} times {why}" for why, count in reasons.most_common(10))
+
+
 def tell_rejected(where: str, rejected: Mapping[str, str], count: int, max_bad_fraction: float) -> None:
     """Says which of `count` pictures are left out. Raises ValueError if these are too many, or all."""
     if not count:
         raise ValueError(f"{where} holds no captioned picture")
-    lines = [f"\n  {name}: {why}" for name, why in list(rejected.items())[:10]]
+    lines = [f"\n  {printable(name)}: {why}" for name, why in list(rejected.items())[:10]]
+    if len(rejected) > 1:
+        lines.append(f"\nIn all: {by_reason(rejected)}")
     problem = f"{len(rejected)} of {count} pictures in {where} cannot be used"
     if len(rejected) > max_bad_fraction * count or len(rejected) == count:
         limit = "all" if len(rejected) == count else f"more than data.max_bad_fraction={max_bad_fraction}"

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.checkpoint import load_model, save_model
 from train.autoencoding import AutoencoderRecipe, Autoencoding
+from train.captions import every
 from train.contrastive import Contrastive, ContrastiveRecipe
 from train.data import DataConfig, open_source
 from train.diffusion import DiffusionRecipe, LatentDiffusion
@@ -185,7 +186,7 @@ def made_up(data: DataConfig, model: AutoencoderKLConfig) -> Latents:
     captions = {}
     for index in range(count):
         try:
-            captions[index] = source[index][1]
+            captions[index] = every(source[index][1])
         except ValueError:  # a picture that cannot be decoded is for the run itself to tell of
             captions[index] = [""]
     key = CacheKey("", "made up", model.latent_channels, factor, [[data.size, data.size, count]], 1, False)

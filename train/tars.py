@@ -16,7 +16,8 @@ import re
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,12 +27,13 @@ from tqdm import tqdm
 
 from ldm.config import replacing
 from train.buckets import Size
-from train.captions import clean_captions
+from train.captions import Captions, captions_of, clean_captions, plain, tell_kinds, text_kind
 from train.pictures import (
     IMAGE_SUFFIXES,
     UNREADABLE,
     opacity,
     open_checked,
+    printable,
     tell_rejected,
     upright,
     upright_size,
@@ -39,7 +41,7 @@ from train.pictures import (
 
 log = logging.getLogger(__name__)
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
-FORMAT = 1  # of an index; raised when what it holds changes
+FORMAT = 2  # of an index; raised when what it holds changes
 ATTEMPTS = 4  # at reading from a place that is not local
 
 
@@ -50,7 +52,7 @@ class TarSample(NamedTuple):
     offset: int  # in the tar, in bytes
     length: int
     size: Size
-    captions: list[str]
+    captions: Captions
 
 
 class TarIndex(NamedTuple):
@@ -65,24 +67,25 @@ class TarIndex(NamedTuple):
 class Tars:
     """The samples of one or many tars. `source` may hold braces, `part-{000..099}.tar`, or stars."""
 
-    def __init__(self, source: str, caption_column: str, max_bad_fraction: float) -> None:
+    def __init__(self, source: str, kinds: Sequence[str], max_bad_fraction: float) -> None:
         paths = find_tars(source)
         many = len(paths) > 1 and sys.stderr.isatty()
         bar = tqdm(paths, unit="tar", desc="reading where samples lie", disable=not many)
-        self.indices = [index_of(path, caption_column) for path in bar]
+        self.indices = [index_of(path, kinds) for path in bar]
         self.rejected = {
             f"{index.path}: {name}": why for index in self.indices for name, why in index.rejected.items()
         }
         self.entries = [(index.path, sample) for index in self.indices for sample in index.samples]
         tell_rejected(source, self.rejected, len(self.entries) + len(self.rejected), max_bad_fraction)
-        content = [(sample.name, sample.length, sample.captions) for _, sample in self.entries]
-        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        tell_kinds(source, (sample.captions for _, sample in self.entries), kinds)
+        content = [(one.name, one.length, plain(one.captions, kinds)) for _, one in self.entries]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         self.description = f"{len(self.entries)} pictures in {len(paths)} tars, contents {digest[:16]}"
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, list[str]]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, Captions]:
         return self.read(index, upright), self.entries[index][1].captions
 
     def mask(self, index: int) -> Image.Image:
@@ -99,7 +102,7 @@ class Tars:
             with open_checked(io.BytesIO(content)) as image:
                 return convert(image)
         except UNREADABLE as error:
-            raise ValueError(f"{sample.name} in {path} cannot be decoded: {error}") from error
+            raise ValueError(f"{printable(sample.name)} in {path} cannot be decoded: {error}") from error
 
 
 def holds_only_tars(folder: Path) -> bool:
@@ -115,14 +118,16 @@ def find_tars(source: str) -> list[str]:
         source = f"{source}/*.tar"
     found = []
     for pattern in expand_braces(source):
-        if "*" in pattern:
-            files, path = fsspec.core.url_to_fs(pattern)
-            found += [files.unstrip_protocol(one) if is_remote(pattern) else one for one in files.glob(path)]
-        else:
-            found.append(pattern)
+        found += patiently(pattern, partial(glob, pattern)) if "*" in pattern else [pattern]
     if not found:
         raise ValueError(f"data.source={source!r} names no tar")
     return sorted(found)
+
+
+def glob(pattern: str) -> list[str]:
+    """The paths or addresses that a pattern with stars fits."""
+    files, path = fsspec.core.url_to_fs(pattern)
+    return [files.unstrip_protocol(one) if is_remote(pattern) else one for one in files.glob(path)]
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
@@ -150,17 +155,19 @@ def patiently(path: str, read: Callable[[], Any]) -> Any:
 
     Raises OSError, naming the place, if none succeeds: the run ends and can be resumed.
     """
-    attempts = ATTEMPTS if is_remote(path) else 1
-    for attempt in range(attempts):
-        if attempt:
-            time.sleep(0.5 * 4 ** (attempt - 1))
+    pauses = [0.5 * 4**k for k in range(ATTEMPTS - 1)] if is_remote(path) else []  # seconds
+    for pause in [*pauses, None]:
         try:
             return read()
-        except (OSError, ImportError, ValueError, tarfile.TarError) as error:
+        except Exception as error:  # noqa: BLE001 (each protocol raises what it likes)
             reason = error
-            log.debug("%s, attempt %d: %s", path, attempt + 1, error)
-    again = f" after {attempts} attempts" if attempts > 1 else ""
-    raise OSError(f"{path} cannot be read{again}: {reason}") from reason
+        # what no second attempt mends: a protocol that is not known, or whose package is not installed
+        if pause is None or isinstance(reason, ImportError | ValueError):
+            break
+        log.info("%s cannot be read, asking again in %g s: %r", path, pause, reason)
+        time.sleep(pause)
+    again = f" after {ATTEMPTS} attempts" if pauses and pause is None else ""
+    raise OSError(f"{path} cannot be read{again}: {str(reason) or repr(reason)}") from reason
 
 
 def read_part(path: str, offset: int, length: int) -> bytes:
@@ -184,11 +191,11 @@ def stamp_of(path: str) -> str:
     return str([info.get(key) for key in ("size", "mtime", "LastModified", "ETag", "etag", "updated")])
 
 
-def index_of(path: str, caption_column: str) -> TarIndex:
+def index_of(path: str, kinds: Sequence[str]) -> TarIndex:
     """The index of a tar, from the cache folder unless stale. Raises OSError if it cannot be read."""
     stamp = patiently(path, lambda: stamp_of(path))
     absolute = path if "://" in path else str(Path(path).absolute())
-    key = hashlib.sha256(repr((FORMAT, absolute, caption_column)).encode()).hexdigest()
+    key = hashlib.sha256(repr((FORMAT, absolute, list(kinds))).encode()).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / f"tar-{key[:24]}.json"
     try:
         kept = json.loads(cache.read_text(encoding="utf-8"))
@@ -200,7 +207,7 @@ def index_of(path: str, caption_column: str) -> TarIndex:
             return TarIndex(path, stamp, samples, kept["rejected"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # there is none, or one that was cut: it is made anew
-    index = patiently(path, lambda: build_index(path, stamp, caption_column))
+    index = patiently(path, lambda: build_index(path, stamp, kinds))
     try:
         with replacing(cache) as temporary:
             content = {"stamp": stamp, "samples": index.samples, "rejected": index.rejected}
@@ -210,10 +217,10 @@ def index_of(path: str, caption_column: str) -> TarIndex:
     return index
 
 
-def build_index(path: str, stamp: str, caption_column: str) -> TarIndex:
+def build_index(path: str, stamp: str, kinds: Sequence[str]) -> TarIndex:
     """Reads every header of a tar and every picture's, and all captions."""
     pictures: dict[str, tuple[int, int, Size]] = {}
-    captions: dict[str, list[str]] = {}
+    captions: dict[str, Captions] = {}
     rejected: dict[str, str] = {}
     with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
@@ -225,7 +232,8 @@ def build_index(path: str, stamp: str, caption_column: str) -> TarIndex:
             content = tar.extractfile(member)
             assert content is not None, "a file has content"
             if suffix in CAPTION_SUFFIXES:
-                captions.setdefault(name, []).extend(read_caption(content, suffix, caption_column))
+                for kind, texts in read_caption(content, suffix, kinds).items():
+                    captions.setdefault(name, {}).setdefault(kind, []).extend(texts)
                 continue
             try:
                 with open_checked(content) as image:
@@ -235,19 +243,21 @@ def build_index(path: str, stamp: str, caption_column: str) -> TarIndex:
     samples = []
     for name, (offset, length, size) in pictures.items():
         if captions.get(name):
-            samples.append(TarSample(name, offset, length, size, captions[name]))
+            texts = {kind: captions[name][kind] for kind in kinds if kind in captions[name]}
+            samples.append(TarSample(name, offset, length, size, texts))
         else:
             rejected[name] = f"it has no caption: no {', '.join(CAPTION_SUFFIXES)} of its name holds one"
     return TarIndex(path, stamp, samples, rejected)
 
 
-def read_caption(content: BinaryIO | Any, suffix: str, column: str) -> list[str]:
+def read_caption(content: BinaryIO | Any, suffix: str, kinds: Sequence[str]) -> Captions:
     """The captions in a file of a tar; none where it holds none."""
     text = content.read().decode("utf-8", errors="replace")
     if suffix != ".json":
-        return clean_captions(text)
+        texts = clean_captions(text)
+        return {text_kind(suffix, kinds): texts} if texts else {}
     try:
         value = json.loads(text)
     except json.JSONDecodeError:
-        return []
-    return clean_captions(value.get(column)) if isinstance(value, dict) else []
+        return {}
+    return captions_of(value, kinds) if isinstance(value, dict) else {}

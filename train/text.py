@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import logging
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
 
 from ldm.checkpoint import load_model
 from text_encoder.clip import CLIPTextConfig, CLIPTextEncoder
 from text_encoder.tokenizer import BYTES, Tokenizer
 from train.checkpoint import weights_sha256
+from train.plan import spread
+
+log = logging.getLogger(__name__)
+MEASURED = 100_000  # captions at most, evenly spread, of which the lengths are told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +34,7 @@ class TextConfig:
     heads: int = 6  # of a new one
     vocab_size: int = 2048  # tokens at most, of a tokenizer trained on the captions
     max_length: int = 77  # tokens a prompt, start and end included, of a new one
+    chunks: int | None = None  # of max_length tokens that a caption may fill; null: 1, or what path says
 
     def __post_init__(self) -> None:
         if not self.train and self.path is None:
@@ -42,14 +51,18 @@ class TextConfig:
             raise ValueError(
                 f"text_encoder.vocab_size={self.vocab_size}: bytes and special tokens alone are {least}"
             )
+        if self.chunks is not None and self.chunks < 1:
+            raise ValueError(f"text_encoder.chunks={self.chunks}: expected 1 or more")
         if self.max_length < 3:
             raise ValueError(f"text_encoder.max_length={self.max_length}: start, end and a word are 3 tokens")
 
 
 def text_facts(config: TextConfig, encoder: CLIPTextEncoder, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a resumed run must share: the tokens, and the sizes of a new encoder or the weights of another."""
-    tokens = json.dumps([tokenizer.vocab, tokenizer.merges, tokenizer.max_length])
+    chunks = [tokenizer.chunks] if tokenizer.chunks > 1 else []
+    tokens = json.dumps([tokenizer.vocab, tokenizer.merges, tokenizer.max_length, *chunks])
     facts: dict[str, Any] = {"tokenizer": hashlib.sha256(tokens.encode()).hexdigest(), "train": config.train}
+    facts["chunks"] = tokenizer.chunks
     if config.path is None:
         return facts | {name: getattr(config, name) for name in ("width", "layers", "heads")}
     return facts | {"weights": weights_sha256(encoder.state_dict())}
@@ -62,9 +75,12 @@ def build_text_encoder(
     if config.path is not None:
         folder = Path(config.path)
         encoder = load_model(CLIPTextEncoder, folder / "text_encoder")
-        return encoder, Tokenizer.from_folder(folder / "tokenizer")
+        tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+        tokenizer.chunks = config.chunks or tokenizer.chunks
+        return encoder, tokenizer
     every = (caption for texts in captions for caption in texts)
     tokenizer = Tokenizer.train(every, config.vocab_size, config.max_length)
+    tokenizer.chunks = config.chunks or 1
     encoder_config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.width,
@@ -78,3 +94,27 @@ def build_text_encoder(
         eos_token_id=tokenizer.end_id,
     )
     return CLIPTextEncoder(encoder_config), tokenizer
+
+
+def tell_lengths(tokenizer: Tokenizer, captions: Iterable[Sequence[str]]) -> None:
+    """Says, once, how long the captions of the pictures are, and how many are cut."""
+    if PartialState().is_main_process:
+        every = [caption for texts in captions for caption in texts]
+        log.info(length_table(tokenizer, [every[index] for index in spread(len(every), MEASURED)]))
+
+
+def length_table(tokenizer: Tokenizer, captions: Sequence[str]) -> str:
+    """How many captions have how many tokens, without start and end, and how many are cut."""
+    lengths = tokenizer.lengths(captions)
+    longest, room, cut = max(lengths), tokenizer.room, sum(length > tokenizer.room for length in lengths)
+    edges = sorted({room, *(2**k for k in range(3, max(4, (longest - 1).bit_length() + 1)))})
+    edges = edges[: bisect_left(edges, longest) + 1]
+    counts = [0] * len(edges)
+    for length in lengths:
+        counts[bisect_left(edges, length)] += 1
+    rows = [f"{'up to':>10}  {'captions':>8}"]
+    rows += [f"{edge:>3} tokens  {count:>8}" for edge, count in zip(edges, counts, strict=True)]
+    share = f"{cut} of {len(lengths)} captions ({cut / len(lengths):.1%})"
+    chunks = -(-longest // (tokenizer.max_length - 2))
+    advice = f"; text_encoder.chunks={chunks} would hold the longest" if cut else ""
+    return "\n".join([*rows, f"{share} are longer than the {room} tokens that are read, and cut{advice}"])

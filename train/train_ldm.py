@@ -31,7 +31,7 @@ from train.diffusion import DiffusionRecipe, LatentDiffusion
 from train.encoding import compute_latents
 from train.latents import autoencoder_folder
 from train.loop import fit
-from train.text import build_text_encoder
+from train.text import build_text_encoder, tell_lengths
 
 DEFAULT = "configs/shapes.yaml"
 RecipeT = TypeVar("RecipeT", AutoencoderRecipe, ContrastiveRecipe)
@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return outcome.exit_code
         text_encoder = dataclasses.replace(recipe.text_encoder, path=str(outcome.model))
         recipe = dataclasses.replace(recipe, text_encoder=text_encoder)
-    outcome = fit(LatentDiffusion(recipe, autoencoder, latents), recipe)
+    task = LatentDiffusion(recipe, autoencoder, latents)
+    tell_lengths(task.tokenizer, latents.captions.values())
+    outcome = fit(task, recipe)
     if outcome.finished:
         print(outcome.model)
     return outcome.exit_code

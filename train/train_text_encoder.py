@@ -24,6 +24,7 @@ from train.contrastive import Contrastive, ContrastiveRecipe
 from train.encoding import compute_latents
 from train.latents import autoencoder_folder
 from train.loop import fit
+from train.text import tell_lengths
 
 DEFAULT = "configs/shapes-text-encoder.yaml"
 
@@ -40,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_plan([Stage("text encoder", task, recipe)], recipe.price)
         return 0
     folder = Path(recipe.latents or Path(recipe.output, "latents"))
-    outcome = fit(Contrastive(recipe, autoencoder, compute_latents(recipe.data, autoencoder, folder)), recipe)
+    latents = compute_latents(recipe.data, autoencoder, folder)
+    task = Contrastive(recipe, autoencoder, latents)
+    tell_lengths(task.tokenizer, latents.captions.values())
+    outcome = fit(task, recipe)
     if outcome.finished:
         print(outcome.model)
     return outcome.exit_code
