@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,12 +10,16 @@ from typing import Literal
 import pytest
 import yaml
 
+from autoencoder.vae import AutoencoderKL
+from ldm.checkpoint import empty_model
+from ldm.unet import UNet
 from train.autoencoding import AutoencoderRecipe
 from train.command import command
-from train.config import find_recipe, from_mapping, parse, read_recipe, to_mapping, to_yaml
+from train.config import find_recipe, from_mapping, is_recipe, parse, read_recipe, to_mapping, to_yaml
 from train.contrastive import ContrastiveRecipe
 from train.diffusion import DiffusionRecipe
 from train.optim import OptimConfig, learning_rate
+from train.stages import autoencoder_stage, text_encoder_stage
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -115,13 +120,13 @@ def test_a_command_shows_one_line_for_what_the_user_got_wrong(capsys, monkeypatc
 
 
 def recipe_class(path: Path) -> type:
-    """By its name: NAME-autoencoder, NAME-text-encoder or NAME.yaml."""
+    """What the script reads that the recipe's first line names."""
     kinds = {
-        "autoencoder": AutoencoderRecipe,
-        "decoder": AutoencoderRecipe,
-        "text-encoder": ContrastiveRecipe,
+        "train_autoencoder": AutoencoderRecipe,
+        "train_text_encoder": ContrastiveRecipe,
+        "train_ldm": DiffusionRecipe,
     }
-    return kinds.get(path.stem.partition("-")[2], DiffusionRecipe)
+    return kinds[re.search(r"train/(\w+)\.py", path.read_text())[1]]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -133,10 +138,37 @@ def test_recipes_are_valid_and_say_what_to_expect(path):
     recipe = read_recipe(cls, path)
     assert from_mapping(cls, yaml.safe_load(to_yaml(recipe))) == recipe
     assert to_mapping(recipe)["optim"]["lr"] == recipe.optim.lr
-    if isinstance(recipe, DiffusionRecipe) and recipe.autoencoder.endswith(".yaml"):
-        read_recipe(AutoencoderRecipe, recipe.autoencoder)
-        words = read_recipe(ContrastiveRecipe, str(recipe.text_encoder.path)).text_encoder
-        assert words.width == recipe.unet.cross_attention_dim  # found out late otherwise
+    if isinstance(recipe, DiffusionRecipe):  # what does not fit an earlier stage is found out late otherwise
+        if is_recipe(recipe.autoencoder):
+            assert autoencoder_stage(recipe).model.latent_channels == recipe.unet.in_channels
+        if is_recipe(recipe.text_encoder.path):
+            assert text_encoder_stage(recipe).text_encoder.width == recipe.unet.cross_attention_dim
+
+
+PUBLISHED = {  # numbers of the models as they were published: the architecture is theirs
+    "autoencoder-kl-f8": 83_653_863,
+    "sd15-from-scratch-256": 859_520_964,
+    "sd15-from-scratch-512": 859_520_964,
+    "sd15-finetune": 859_520_964,
+    "sd2-v-from-scratch": 865_910_724,
+}
+
+
+COUNTED = [path for path in CONFIGS if "M parameters (counted)" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", COUNTED, ids=lambda path: path.name)
+def test_parameters_are_as_the_recipe_says(path):
+    """And as published, where they were."""
+    said = re.search(r"([\d.,]+) M parameters \(counted\)", path.read_text())
+    recipe = read_recipe(recipe_class(path), path)
+    if isinstance(recipe, DiffusionRecipe):
+        model = empty_model(UNet, recipe.unet)
+    else:
+        model = empty_model(AutoencoderKL, recipe.model)
+    count = sum(p.numel() for p in model.parameters())
+    assert said[1] == f"{count / 1e6:,.2f}"
+    assert count == PUBLISHED.get(path.stem, count)
 
 
 def test_recipes_are_found_from_anywhere(tmp_path, monkeypatch):

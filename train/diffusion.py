@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import empty_model, load_model
+from ldm.config import read_config, read_json
 from ldm.noise import generator
 from ldm.objective import DENSITIES, WEIGHTS, Uncertainty, diffusion_loss, stratified_timesteps
 from ldm.options import Defaults
@@ -28,7 +31,9 @@ from train.plan import Draw, fixed_draws, normal, spread
 from train.state import FitConfig
 from train.text import TextConfig, build_text_encoder, text_facts
 
+log = logging.getLogger(__name__)
 LEVELS = 8  # timesteps of a validation
+WITHOUT_WEIGHTS = ("sample_size", "dropout", "upcast_attention")  # of a UNet: any weights do with any value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +94,7 @@ class DiffusionRecipe(FitConfig):
     data: DataConfig = field(default_factory=DataConfig)
     text_encoder: TextConfig = field(default_factory=TextConfig)
     unet: UNetConfig
+    start: str | None = None  # folder of a pipeline, run or UNet whose weights to go on from; null: new ones
     gradient_checkpointing: bool = False  # of the UNet: much less memory for a third more time
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     prompts: tuple[str, ...] = ()  # of the pictures drawn while training; none: captions of the data
@@ -114,6 +120,56 @@ class DiffusionRecipe(FitConfig):
             )
 
 
+def build_unet(recipe: DiffusionRecipe) -> UNet:
+    """New weights, or those of recipe.start. Raises ValueError if these are not of the recipe's UNet."""
+    folder = start_folder(recipe)
+    if folder is None:
+        return UNet(recipe.unet)
+    unet = empty_model(UNet, recipe.unet)
+    unet.load_state_dict(load_model(UNet, folder).state_dict(), assign=True)
+    return unet
+
+
+def start_folder(recipe: DiffusionRecipe) -> Path | None:
+    """The folder of the UNet that recipe.start names, without a look at its weights.
+
+    Raises ValueError if there is none, or if it is not of the recipe's UNet.
+    """
+    if recipe.start is None:
+        return None
+    start = Path(recipe.start)
+    places = (start, start / "unet", start / "model" / "unet")
+    folder = next((place for place in places if (place / "config.json").is_file()), None)
+    if folder is None:
+        raise ValueError(
+            f"start={recipe.start!r} holds no UNet: name a pipeline folder, a run or a UNet's own"
+        )
+    found = read_config(UNetConfig, read_json(folder / "config.json"), folder / "config.json")
+    differ = [
+        f"{name}={getattr(found, name)}, not {getattr(recipe.unet, name)}"
+        for name in (one.name for one in dataclasses.fields(UNetConfig))
+        if name not in WITHOUT_WEIGHTS and setting(found, name) != setting(recipe.unet, name)
+    ]
+    if differ:
+        raise ValueError(f"start: the UNet in {folder} is not of the recipe's unet: {'; '.join(differ)}")
+    scheduler = folder.parent / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        kind = Scheduler.from_config(read_json(scheduler)).prediction
+        if kind != recipe.objective.prediction:
+            log.warning(
+                "start: %s predicts %s, but objective.prediction=%s: it has to learn that first",
+                folder,
+                kind,
+                recipe.objective.prediction,
+            )
+    return folder
+
+
+def setting(config: UNetConfig, name: str) -> Any:
+    """A value of the configuration; of each level where it may be."""
+    return config.per_level(name) if name in config.PER_LEVEL else getattr(config, name)
+
+
 class LatentDiffusion:
     """Trains a UNet, and with it a text encoder if the recipe says so, on cached latents."""
 
@@ -126,7 +182,7 @@ class LatentDiffusion:
         self.text_encoder, self.tokenizer = build_text_encoder(
             recipe.text_encoder, list(latents.captions.values())
         )
-        self.unet = UNet(recipe.unet)
+        self.unet = build_unet(recipe)
         if recipe.unet.in_channels != self.vae.config.latent_channels:
             raise ValueError(
                 f"unet.in_channels={recipe.unet.in_channels}, but the autoencoder has "
@@ -173,30 +229,7 @@ class LatentDiffusion:
         return batch
 
     def validate(self, buckets: Sequence[Sequence[int]]) -> dict[str, float]:
-        """The plain loss, that at each of LEVELS timesteps and that of each bucket, one noise a sample."""
-        device, T = next(self.unet.parameters()).device, len(self.scheduler.schedule.alpha)
-        timesteps = [int(T * (k + 0.5) / LEVELS) for k in range(LEVELS)]
-        totals = torch.zeros(len(buckets), LEVELS)  # sums over the samples
-        parts = [(number, draws) for number, one in enumerate(buckets) for draws in fixed_draws([one])]
-        for number, draws in parts:
-            x0 = self.vae.to_latents(self.latents.sample(draws)).to(device)
-            noise = normal(draws, tuple(x0.shape[1:]), "noise").to(device)
-            context = self.text_encoder.to(device)(
-                self.tokenizer(self.latents.choose_captions(draws)).to(device)
-            )
-            for k, t in enumerate(timesteps):
-                at = torch.full((len(draws),), t, device=device)
-                loss = diffusion_loss(
-                    self.unet, self.scheduler.schedule, x0, context, self.scheduler.prediction, noise, at
-                )
-                totals[number, k] += loss.sum().cpu()
-        losses = (totals.sum(0) / sum(map(len, buckets))).tolist()
-        named = {f"loss_t{t:03d}": loss for t, loss in zip(timesteps, losses, strict=True)}
-        if len(buckets) > 1:
-            for size, one, total in zip(self.latents.sizes, buckets, totals, strict=True):
-                if one:
-                    named[f"loss_{size}"] = total.mean().item() / len(one)
-        return {"loss": sum(losses) / LEVELS, **named}
+        return validation_losses(self.pipeline(), self.latents, buckets)
 
     def pipeline(self) -> LatentDiffusionPipeline:
         """The pipeline around the weights as they are now."""
@@ -229,6 +262,33 @@ class LatentDiffusion:
             # read again, so that the weights in training stay as they are
             dtype = getattr(torch, self.recipe.export_dtype)
             LatentDiffusionPipeline.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
+
+
+def validation_losses(
+    pipe: LatentDiffusionPipeline, latents: Latents, buckets: Sequence[Sequence[int]]
+) -> dict[str, float]:
+    """The plain loss, that at each of LEVELS timesteps and that of each bucket, one noise a sample."""
+    device, T = next(pipe.unet.parameters()).device, len(pipe.scheduler.schedule.alpha)
+    timesteps = [int(T * (k + 0.5) / LEVELS) for k in range(LEVELS)]
+    totals = torch.zeros(len(buckets), LEVELS)  # sums over the samples
+    parts = [(number, draws) for number, one in enumerate(buckets) for draws in fixed_draws([one])]
+    for number, draws in parts:
+        x0 = pipe.vae.to_latents(latents.sample(draws)).to(device)
+        noise = normal(draws, tuple(x0.shape[1:]), "noise").to(device)
+        context = pipe.text_encoder(pipe.tokenizer(latents.choose_captions(draws)).to(device))
+        for k, t in enumerate(timesteps):
+            at = torch.full((len(draws),), t, device=device)
+            loss = diffusion_loss(
+                pipe.unet, pipe.scheduler.schedule, x0, context, pipe.scheduler.prediction, noise, at
+            )
+            totals[number, k] += loss.sum().cpu()
+    losses = (totals.sum(0) / sum(map(len, buckets))).tolist()
+    named = {f"loss_t{t:03d}": loss for t, loss in zip(timesteps, losses, strict=True)}
+    if len(buckets) > 1:
+        for size, one, total in zip(latents.sizes, buckets, totals, strict=True):
+            if one:
+                named[f"loss_{size}"] = total.mean().item() / len(one)
+    return {"loss": sum(losses) / LEVELS, **named}
 
 
 class Diffusion(nn.Module):

@@ -91,7 +91,7 @@ def fit(task: Task, config: FitConfig) -> Outcome:
         else:
             again = "the same command" if config.resume == "auto" else "with --resume auto it"
             record.say(f"stopped by {stop.reason} after step {state.step}; {again} goes on from here")
-    return Outcome(state.step, finished, stop.reason, record.model)
+    return Outcome(state.step, finished, stop.reason, record.model, record.first)
 
 
 def prepare(task: Task, config: FitConfig, accelerator: Accelerator) -> tuple[State, nn.Module]:

@@ -192,6 +192,17 @@ def minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
+def training_seconds(folder: Path, batch_size: int) -> float | None:
+    """What the steps in metrics.jsonl took, by the speeds it notes; None where there are none."""
+    path, total, steps = folder / "metrics.jsonl", 0.0, 0
+    for text in path.read_text().splitlines() if path.exists() else []:
+        line = json.loads(text) if step_of(text) < math.inf else {}
+        steps += "lr" in line  # else it is a validation, or was cut short
+        if speed := line.get("samples_per_second"):
+            total, steps = total + steps * batch_size / speed, 0
+    return total or None
+
+
 @contextmanager
 def open_run(folder: Path, config: Any, accelerator: Accelerator) -> Iterator[Record]:
     """The record of the run in `folder`, which no other process may write meanwhile.

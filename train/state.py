@@ -101,6 +101,7 @@ class Outcome(NamedTuple):
     finished: bool
     reason: str  # why it stopped early
     model: Path  # the exported folder, when finished
+    first: int = 0  # the step it went on from
 
     @property
     def exit_code(self) -> int:

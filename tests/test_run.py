@@ -1,0 +1,142 @@
+"""One command from pictures to a measured pipeline: its lines, its report, and that it can stop anywhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.pipeline import LatentDiffusionPipeline
+from tests.test_fit import OPTIM, TEXT, VAE, diffusion_recipe
+from train import run, train_ldm
+from train.autoencoding import AutoencoderRecipe, Autoencoding
+from train.config import to_yaml
+from train.contrastive import ContrastiveRecipe
+from train.data import DataConfig, open_source
+from train.evaluation import choose, reconstruct, unseen_data
+from train.judge import SEED_JUDGE, kept_judge
+from train.record import training_seconds
+from train.scenes import SceneSource
+
+QUICK = ["--evaluation.pictures", "6", "--evaluation.captions", "3", "--evaluation.scenes", "64"]
+
+
+@pytest.fixture
+def recipes(tmp_path: Path) -> Path:
+    """A diffusion recipe of two steps and of a stage each before it; its run is in tmp_path/run."""
+    optim = replace(OPTIM, warmup_steps=1)
+    first = AutoencoderRecipe(output="x", steps=2, batch_size=2, model=VAE, optim=optim, measured=2)
+    (tmp_path / "autoencoder.yaml").write_text(to_yaml(replace(first, sample_every=0)))
+    second = ContrastiveRecipe(
+        output="x",
+        autoencoder="x",
+        steps=2,
+        batch_size=2,
+        text_encoder=TEXT,
+        optim=optim,
+        tower=(8,),
+        groups=4,
+    )
+    (tmp_path / "words.yaml").write_text(to_yaml(replace(second, sample_every=0)))
+    recipe = replace(
+        diffusion_recipe(tmp_path / "run", steps=2, batch_size=2, optim=optim),
+        data=DataConfig(size=16, length=6),
+        autoencoder=str(tmp_path / "autoencoder.yaml"),
+        text_encoder=replace(TEXT, path=str(tmp_path / "words.yaml"), train=False),
+        prompts=("a red circle", "two blue rings at night"),
+    )
+    recipe = replace(recipe, sampling=replace(recipe.sampling, num_inference_steps=2))
+    (tmp_path / "ldm.yaml").write_text(to_yaml(recipe))
+    return tmp_path / "ldm.yaml"
+
+
+def test_one_command_from_pictures_to_a_report(recipes, capsys):
+    """Stopped, the same command goes on; then it finds all stages done, and so does train_ldm.py."""
+    folder = recipes.parent / "run"
+    assert run.main([str(recipes), *QUICK, "--max-minutes", "1e-9"]) == 75
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "stopped by max_minutes after step 0, the same command goes on" in line
+    assert run.main([str(recipes), *QUICK]) == 0
+    told = capsys.readouterr().out.splitlines()
+    names = ["autoencoder", "latents", "text encoder", "UNet", "evaluation"]
+    assert [line[:13].strip() for line in told[:-1]] == names
+    assert all(" now" in line for line in told[:-1])
+    assert told[-1] == f"the model is in {folder / 'model'}"
+    report = (folder / "report.md").read_text()
+    figures = json.loads((folder / "evaluation/figures.json").read_text())["figures"]
+    assert f"PSNR {figures['psnr']:.2f} dB" in report
+    assert "6 scenes of combinations that training never showed" in report
+    assert "| UNet | 2 steps |" in report
+    assert "model, on 3 captions" in report
+    assert "2. two blue rings at night" in report
+    for name in ("prompts", "reconstruction", "judged"):
+        assert (folder / f"evaluation/{name}.png").is_file()
+    assert set(figures["losses"]) == {"loss", *(f"loss_t{62 + 125 * k:03d}" for k in range(8))}
+
+    assert run.main([str(recipes), *QUICK]) == 0
+    again = capsys.readouterr().out.splitlines()
+    assert all("done already" in line for line in again[:-1])
+    assert again[-1] == told[-1]
+    assert train_ldm.main(["--config", str(recipes)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "model")
+    assert (
+        run.main([str(recipes), *QUICK, "--evaluation.pictures", "5"]) == 0
+    )  # measured anew, nothing trained
+    assert "measured now" in capsys.readouterr().out.splitlines()[4]
+
+
+def test_the_reconstruction_is_measured_as_its_training_does(tmp_path):
+    data = DataConfig(size=16, length=6)
+    settings = {"steps": 9, "batch_size": 1, "optim": OPTIM, "measured": 6}
+    task = Autoencoding(AutoencoderRecipe(output=str(tmp_path), model=VAE, data=data, **settings))
+    pipe = LatentDiffusionPipeline.__new__(LatentDiffusionPipeline)
+    pipe.vae = pipe.text_encoder = pipe.unet = task.vae
+    with torch.no_grad():
+        psnr, pairs = reconstruct(pipe, open_source(data), range(6), 16)
+        assert psnr == pytest.approx(task.measure().psnr, abs=1e-4)
+    assert len(pairs) == 12
+
+
+def test_what_is_measured_was_not_trained_on():
+    held = choose(range(10, 40), held_out=6, count=4)
+    assert len(held.indices) == 4
+    assert held.what == "4 pictures held out of training"
+    assert set(held.indices) <= set(choose(range(10, 40), held_out=6, count=9).indices)
+    assert "that training saw" in choose(range(9), held_out=0, count=4).what
+    data = DataConfig(size=16)
+    other = unseen_data(data, 7)
+    assert (other.split, other.length) == ("held_out", 7)
+    assert other.scene_seed != data.scene_seed
+    assert unseen_data(replace(data, split="held_out"), 7).split == "train"
+
+
+def test_a_judge_is_kept_by_its_code_and_scenes(tmp_path):
+    def names(**changes) -> set[str]:
+        asked = {"seed": SEED_JUDGE, "size": 16, "style": "shapes", "subjects": "all"} | changes
+        judge = kept_judge(tmp_path, SceneSource(**asked), scenes=64)
+        again = kept_judge(tmp_path, SceneSource(**asked), scenes=64)
+        for name, value in judge.state_dict().items():
+            assert torch.equal(value, again.state_dict()[name])
+        return {path.name for path in tmp_path.iterdir()}
+
+    assert len(names()) == 1
+    assert len(names(subjects=("star", "ring"))) == 2
+    assert len(names(seed=4)) == 3
+
+
+def test_the_time_of_a_stage_is_that_of_all_its_steps(tmp_path):
+    """By the speeds in metrics.jsonl: 2 steps at 4 samples/s and 1 at 2, of 8 samples each, are 8 seconds."""
+    lines = [
+        {"step": 1, "lr": 0.1},
+        {"step": 2, "lr": 0.1, "samples_per_second": 4.0},
+        {"step": 2, "validation/loss": 0.1},
+        {"step": 3, "lr": 0.1, "samples_per_second": 2.0},
+        {"step": 4, "lr": 0.1},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 5, "l')
+    assert training_seconds(tmp_path, batch_size=8) == pytest.approx(2 * 8 / 4 + 8 / 2)
+    assert training_seconds(tmp_path / "nothing", batch_size=8) is None
