@@ -116,7 +116,7 @@ def find_tars(source: str) -> list[str]:
     """The paths or addresses that a source names, sorted. Raises ValueError if there are none."""
     if Path(source).is_dir():
         source = f"{source}/*.tar"
-    found = []
+    found: list[str] = []
     for pattern in expand_braces(source):
         found += patiently(pattern, partial(glob, pattern)) if "*" in pattern else [pattern]
     if not found:
@@ -243,8 +243,8 @@ def build_index(path: str, stamp: str, kinds: Sequence[str]) -> TarIndex:
     samples = []
     for name, (offset, length, size) in pictures.items():
         if captions.get(name):
-            texts = {kind: captions[name][kind] for kind in kinds if kind in captions[name]}
-            samples.append(TarSample(name, offset, length, size, texts))
+            found = {kind: captions[name][kind] for kind in kinds if kind in captions[name]}
+            samples.append(TarSample(name, offset, length, size, found))
         else:
             rejected[name] = f"it has no caption: no {', '.join(CAPTION_SUFFIXES)} of its name holds one"
     return TarIndex(path, stamp, samples, rejected)
