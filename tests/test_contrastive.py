@@ -80,7 +80,10 @@ def test_it_learns_every_word_and_a_recipe_takes_the_result(task, tmp_path):
     outcome = fit(task, task.recipe)
     with torch.no_grad():
         _, parts = task.module(**task.batch(draws(16)))
-        assert task.validate([range(16)])["found"] == parts["found"].mean()
+        told, easier = task.validate([range(16)]), task.validate([range(4), range(4, 16)])
+    assert told["found"] == parts["found"].mean()
+    assert told["candidates"] == 16
+    assert easier["candidates"] == (4 * 4 + 12 * 12) / 16
     assert parts["found"].mean() > 0.9  # a guess finds one in 16; who knows the colour alone, one in 4
     assert (tmp_path / "run/samples/step-00000060.png").exists()
     config = TextConfig(train=False, path=str(outcome.model))

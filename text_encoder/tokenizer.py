@@ -177,8 +177,8 @@ class Tokenizer:
             )
         try:
             merges = [_pair(line) for line in lines]
-            special, added, ids, (max_length, chunks) = _read_settings(folder, whole.get("added_tokens", []))
-            tokenizer = cls(vocab, merges, **special, added=added, max_length=max_length, chunks=chunks)
+            special, added, ids, (length, chunks) = _read_settings(folder, whole.get("added_tokens", []))
+            tokenizer = cls(vocab, merges, **special, added=added, max_length=length, chunks=chunks)
             for name, token_id in ids.items():
                 if tokenizer.token_id(name) != token_id:
                     raise ValueError(f"the added token {name!r} cannot have the id {token_id}")
@@ -260,10 +260,10 @@ def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
 def _read_settings(
     folder: Path, whole: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, str], list[AddedToken], dict[str, int], tuple[int, int]]:
-    """Arguments of Tokenizer: the special tokens by name, added, the ids that it should have, max_length
-    and chunks.
+    """Arguments of Tokenizer: the special tokens by name, added, the ids that it should have, both lengths.
 
-    whole: the added tokens of tokenizer.json. Which of the files counts is decided as transformers 5 does.
+    whole: the added tokens of tokenizer.json. Lengths: max_length and chunks.
+    Which of the files counts is decided as transformers 5 does.
     """
     paths = [folder / f"{name}.json" for name in ("tokenizer_config", "special_tokens_map", "added_tokens")]
     settings, special, more = (_read_json(path) if path.exists() else {} for path in paths)
@@ -281,8 +281,8 @@ def _read_settings(
     max_length = settings.get("model_max_length", MAX_LENGTH)
     if max_length > 10**9:  # transformers writes 1e30 where nobody told it
         max_length = MAX_LENGTH
-    special = {role: token.content for role, token in named.items()}
-    return special, list(added.values()), ids, (max_length, settings.get("chunks", 1))
+    lengths = max_length, settings.get("chunks", 1)
+    return {role: token.content for role, token in named.items()}, list(added.values()), ids, lengths
 
 
 def _token(entry: str | Mapping[str, Any]) -> AddedToken:

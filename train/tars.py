@@ -243,8 +243,8 @@ def build_index(path: str, stamp: str, kinds: Sequence[str]) -> TarIndex:
     samples = []
     for name, (offset, length, size) in pictures.items():
         if captions.get(name):
-            of_kinds = {kind: captions[name][kind] for kind in kinds if kind in captions[name]}
-            samples.append(TarSample(name, offset, length, size, of_kinds))
+            found = {kind: captions[name][kind] for kind in kinds if kind in captions[name]}
+            samples.append(TarSample(name, offset, length, size, found))
         else:
             rejected[name] = f"it has no caption: no {', '.join(CAPTION_SUFFIXES)} of its name holds one"
     return TarIndex(path, stamp, samples, rejected)
