@@ -194,6 +194,7 @@ def test_golden_losses(tmp_path, autoencoder):
     assert measured == pytest.approx(golden, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_buckets_train_resume_and_validate(tmp_path, autoencoder):
     """20 steps are 7 and 13 with batches of two shapes, and each shape has a loss of its own."""
 
@@ -342,6 +343,7 @@ def test_a_decoder_goes_on_learning_and_latents_stay_valid(tmp_path, autoencoder
         replace(recipe, start=None)
 
 
+@pytest.mark.slow
 def test_a_decoder_learns_to_draw_clean_pictures_from_noisy_latents(tmp_path, autoencoder):
     recipe = decoder_recipe(tmp_path / "run", autoencoder, steps=200, data=DataConfig(size=16, length=2))
 

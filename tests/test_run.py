@@ -53,6 +53,7 @@ def recipes(tmp_path: Path) -> Path:
     return tmp_path / "ldm.yaml"
 
 
+@pytest.mark.slow
 def test_one_command_from_pictures_to_a_report(recipes, capsys):
     """Stopped, the same command goes on; then it finds all stages done, and so does train_ldm.py."""
     folder = recipes.parent / "run"

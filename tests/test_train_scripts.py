@@ -178,6 +178,7 @@ def test_the_autoencoder_script_in_process(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "run/model")
 
 
+@pytest.mark.slow
 def test_a_plan_tells_what_every_stage_takes_and_leaves_nothing(tmp_path, capsys):
     data, optim = DataConfig(size=16, length=6), replace(OPTIM, warmup_steps=1)
     stage = AutoencoderRecipe(output="x", steps=2, batch_size=2, model=VAE, optim=optim)
