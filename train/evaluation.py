@@ -223,8 +223,8 @@ def judge(pipe: LatentDiffusionPipeline, data: DataConfig, config: EvaluationCon
     def book(seed: int, split: Split) -> SceneSource:
         return SceneSource(seed, data.size, data.source, data.subjects, data.font, split)  # type: ignore[arg-type]
 
-    counts = {"captions": config.captions, "scenes": config.scenes, "tested": config.pictures}
-    return judge_scenes(pipe, book, folder, **counts)
+    captions, scenes, tested = config.captions, config.scenes, config.pictures
+    return judge_scenes(pipe, book, folder, captions=captions, scenes=scenes, tested=tested)
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
