@@ -191,9 +191,7 @@ def main() -> None:
     parser.add_argument(
         "--split", choices=("held_out", "train"), default="held_out", help="combinations asked for"
     )
-    parser.add_argument(
-        "--subjects", default="few", help="few, all, or names with commas: those of them"
-    )
+    parser.add_argument("--subjects", default="few", help="few, all, or names with commas: those of them")
     parser.add_argument("--scenes", type=int, default=60_000, help="scenes that teach the judge")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/scene_accuracy"), help="folder for judge and pictures"

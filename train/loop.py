@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from train.readahead import ReadAhead
 from train.record import Record, open_run
 from train.state import FitConfig, Outcome, State, Task
 from train.stop import StopRequest
+from train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 MAX_BAD_STEPS = 10  # non-finite gradients in a row before the run gives up
@@ -60,6 +62,7 @@ def fit(task: Task, config: FitConfig) -> Outcome:
     with (
         open_run(Path(config.output), config, accelerator) as record,
         StopRequest(accelerator, config.max_minutes) as stop,
+        Watchdog(record.folder, config.watchdog_minutes, accelerator.process_index) as dog,
     ):
         for bucket in plan.trained:
             if 0 < len(bucket) < plan.batch_size:
@@ -67,31 +70,44 @@ def fit(task: Task, config: FitConfig) -> Outcome:
                     f"a bucket has {len(bucket)} samples, less than a batch: it holds some of them twice"
                 )
         state, wrapped = prepare(task, config, accelerator)
+        dog.listen(state.module)
         resume(state, task, config, record, accelerator)
         with ReadAhead(task, plan, accelerator.process_index, state.step, workers(config)) as batches:
             while state.step < config.steps and not stop.agreed():
                 with memory_advice(plan, state, record):
                     train_step(state, wrapped, batches, plan, config, accelerator, record)
-                if due(state.step, config.save_every, config.steps):
-                    save(state, task, config, record, accelerator)
-                if config.ema_widths and due(state.step, config.snapshot_every, config.steps):
-                    snapshot(state, record, accelerator)
-                if config.validation_samples and due(state.step, config.validate_every, config.steps):
-                    validate(task, state, plan, record, accelerator)
-                if due(state.step, config.sample_every, config.steps):
-                    preview(task, state, record, accelerator)
-        if record.saved_step != state.step:
-            save(state, task, config, record, accelerator, last=True)
-        finished, exported = state.step >= config.steps, record.exported_step() == state.step
-        accelerator.wait_for_everyone()  # nobody exports before all have looked
+                dog.beat(state.step)
+                for do in pieces(task, state, plan, config, record, accelerator):
+                    with dog.piece(state.step):
+                        do()
+        with dog.piece(state.step):
+            if record.saved_step != state.step:
+                save(state, task, config, record, accelerator, last=True)
+            finished, exported = state.step >= config.steps, record.exported_step() == state.step
+            accelerator.wait_for_everyone()  # nobody exports before all have looked
         if finished and not exported:
-            export(task, state, record, accelerator)
+            with dog.piece(state.step):
+                export(task, state, record, accelerator)
         elif finished:
             record.say(f"all {state.step} steps are done and {record.model} is exported")
         else:
             again = "the same command" if config.resume == "auto" else "with --resume auto it"
             record.say(f"stopped by {stop.reason} after step {state.step}; {again} goes on from here")
     return Outcome(state.step, finished, stop.reason, record.model)
+
+
+def pieces(
+    task: Task, state: State, plan: Plan, config: FitConfig, record: Record, accelerator: Accelerator
+) -> Iterator[Callable[[], None]]:
+    """What is due after a step beside training."""
+    if due(state.step, config.save_every, config.steps):
+        yield partial(save, state, task, config, record, accelerator)
+    if config.ema_widths and due(state.step, config.snapshot_every, config.steps):
+        yield partial(snapshot, state, record, accelerator)
+    if config.validation_samples and due(state.step, config.validate_every, config.steps):
+        yield partial(validate, task, state, plan, record, accelerator)
+    if due(state.step, config.sample_every, config.steps):
+        yield partial(preview, task, state, record, accelerator)
 
 
 def prepare(task: Task, config: FitConfig, accelerator: Accelerator) -> tuple[State, nn.Module]:

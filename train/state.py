@@ -36,6 +36,7 @@ class FitConfig:
     workers: int | None = None  # threads that read ahead; 0: read in the loop; null: 0 on the CPU, else 1
     resume: str = "auto"  # auto: the newest intact checkpoint; none: only if there is none; or a path
     max_minutes: float | None = None  # of the process; then save and exit 75
+    watchdog_minutes: float | None = 30.0  # without progress; then all stacks and exit 76; null: never
     save_every: int = 500  # optimizer steps between checkpoints
     keep_last: int = 2  # checkpoints kept
     sample_every: int = 500  # optimizer steps between pictures; 0: none
@@ -72,6 +73,8 @@ class FitConfig:
             exponent(width)
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes={self.max_minutes}: expected more than 0")
+        if self.watchdog_minutes is not None and not self.watchdog_minutes > 0:
+            raise ValueError(f"watchdog_minutes={self.watchdog_minutes}: expected more than 0, or null")
         if not self.price >= 0:
             raise ValueError(f"price={self.price}: expected 0 or more an hour")
         if not self.output:
