@@ -24,6 +24,7 @@ from ldm.sample import Step, trajectory
 from ldm.scheduler import Scheduler
 from ldm.solvers import SOLVERS, Tableau
 from ldm.unet import UNet
+from ldm.variance import LearnedVariance
 from text_encoder.clip import CLIPTextEncoder
 from text_encoder.tokenizer import Tokenizer
 
@@ -303,9 +304,15 @@ class LatentDiffusionPipeline:
             log.warning("the negative prompt has no effect without guidance: guidance_scale=%s", scale)
         shape, kind = self._latent_shape(height, width, latents), self.scheduler.prediction
         xt, noise, seeds = inputs.first_noise(len(context), shape, seed, generator, latents)
-        denoise = conditional(self._predict, context, kind)
+        predict: Callable[[Tensor, Tensor, Tensor], Tensor] = self._predict
+        if self.unet.config.out_channels == 2 * shape[0]:
+            predict = LearnedVariance(self._predict)
+            named = self.scheduler.config.get("variance_type", "learned_range") == "learned_range"
+            if named and (sampler or self.defaults.sampler or self.scheduler.solver) == "ddpm":
+                noise = predict.louder(noise, tableau.steps)
+        denoise = conditional(predict, context, kind)
         if scale > 1:
-            denoise = classifier_free(self._predict, context, uncond, scale, kind, rescale, guidance_interval)
+            denoise = classifier_free(predict, context, uncond, scale, kind, rescale, guidance_interval)
         steps_taken = trajectory(denoise, xt.to(self.device, torch.float32), tableau, noise)
         for step in self._bar(steps_taken, len(tableau.steps)):
             xt = step.xt
@@ -377,8 +384,8 @@ class LatentDiffusionPipeline:
         return self.unet.config.in_channels, height // factor, width // factor
 
     def _predict(self, xt: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """The UNet's prediction, (B, C, h, w), without the variance that some UNets give beside it."""
-        return self.unet(xt.contiguous(memory_format=torch.channels_last), t, context)[:, : xt.shape[1]]
+        """The UNet's answer: the prediction, (B, C, h, w), and the variance that some give beside it."""
+        return self.unet(xt.contiguous(memory_format=torch.channels_last), t, context)
 
     def _bar(self, steps: Iterable[Step], total: int) -> Iterable[Step]:
         """The steps, with a progress bar where stderr is a terminal."""

@@ -66,7 +66,7 @@ ACCEPTED: dict[str, tuple[object, ...]] = {
     "sigma_max": (None,),
     "timestep_type": ("discrete",),
     "interpolation_type": ("linear",),
-    "variance_type": (None, "fixed_small", "fixed_small_log"),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "learned_range"),
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
     "solver_type": ("midpoint", "bh2"),
     "euler_at_final": (False,),

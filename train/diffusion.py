@@ -19,6 +19,7 @@ from ldm.options import Defaults
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.scheduler import Scheduler
 from ldm.unet import UNet, UNetConfig
+from ldm.variance import LearnedVariance, ReverseSteps
 from text_encoder.clip import CLIPTextEncoder
 from train.config import to_mapping
 from train.data import DataConfig
@@ -44,6 +45,7 @@ class ObjectiveConfig:
     offset_noise: float = 0.0  # deviation of noise that is the same all over a channel; zero SNR does better
     uncertainty: bool = False  # learn the mean loss of each noise level, so that all count alike (EDM2)
     mask_weight: float = 1.0  # of an error within a figure or an opaque pixel; around them it weighs 1
+    variance_weight: float = 0.001  # of the bound that teaches the variance, with twice the unet.out_channels
     input_perturbation: float = 0.0  # of more noise that the UNet sees and is not asked for; 0.1 in the paper
 
     def __post_init__(self) -> None:
@@ -64,6 +66,10 @@ class ObjectiveConfig:
         for name in ("offset_noise", "input_perturbation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"objective.{name}={getattr(self, name)}: expected 0, or up to 1")
+        if not 0 < self.variance_weight <= 1:
+            raise ValueError(
+                f"objective.variance_weight={self.variance_weight}: expected up to 1; 0.001 is usual"
+            )
         if not 1 <= self.mask_weight <= 1000:
             raise ValueError(f"objective.mask_weight={self.mask_weight}: expected 1 to 1000; 1 is even")
         if self.timestep_density not in DENSITIES:
@@ -102,16 +108,26 @@ class DiffusionRecipe(FitConfig):
                 f"unet.cross_attention_dim={self.unet.cross_attention_dim} and "
                 f"text_encoder.width={self.text_encoder.width} differ"
             )
-        if self.unet.out_channels != self.unet.in_channels:
+        if self.unet.out_channels not in (self.unet.in_channels, 2 * self.unet.in_channels):
             raise ValueError(
-                f"unet.out_channels={self.unet.out_channels} and unet.in_channels={self.unet.in_channels} "
-                "differ: no loss here trains more than the prediction"
+                f"unet.out_channels={self.unet.out_channels}: expected unet.in_channels="
+                f"{self.unet.in_channels}, or twice as many to learn the variance"
+            )
+        if self.learns_variance and self.objective.prediction == "flow":
+            raise ValueError(
+                f"unet.out_channels={self.unet.out_channels} with objective.prediction=flow: its steps have no "
+                f"variance to learn, use {self.unet.in_channels}"
             )
         empty_model(UNet, self.unet)  # what does not fit is found out before hours of other stages
         if self.unet.num_class_embeds is not None:
             raise ValueError(
                 f"unet.num_class_embeds={self.unet.num_class_embeds}: the data has no classes, use null"
             )
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the UNet says how sure it is: Nichol & Dhariwal 2021."""
+        return self.unet.out_channels == 2 * self.unet.in_channels
 
 
 class LatentDiffusion:
@@ -174,6 +190,7 @@ class LatentDiffusion:
     def validate(self, buckets: Sequence[Sequence[int]]) -> dict[str, float]:
         """The plain loss, that at each of LEVELS timesteps and that of each bucket, one noise a sample."""
         device, T = next(self.unet.parameters()).device, len(self.scheduler.schedule.alpha)
+        unet = LearnedVariance(self.unet) if self.recipe.learns_variance else self.unet
         timesteps = [int(T * (k + 0.5) / LEVELS) for k in range(LEVELS)]
         totals = torch.zeros(len(buckets), LEVELS)  # sums over the samples
         parts = [(number, draws) for number, one in enumerate(buckets) for draws in fixed_draws([one])]
@@ -186,7 +203,7 @@ class LatentDiffusion:
             for k, t in enumerate(timesteps):
                 at = torch.full((len(draws),), t, device=device)
                 loss = diffusion_loss(
-                    self.unet, self.scheduler.schedule, x0, context, self.scheduler.prediction, noise, at
+                    unet, self.scheduler.schedule, x0, context, self.scheduler.prediction, noise, at
                 )
                 totals[number, k] += loss.sum().cpu()
         losses = (totals.sum(0) / sum(map(len, buckets))).tolist()
@@ -243,6 +260,8 @@ class Diffusion(nn.Module):
         self.unet = unet
         self.schedule, self.kind = scheduler.schedule, scheduler.prediction
         self.weight = WEIGHTS[recipe.objective.loss_weight]
+        self.reverse = ReverseSteps.of(self.schedule) if recipe.learns_variance else None
+        self.variance_weight = recipe.objective.variance_weight
         self.uncertainty = Uncertainty(len(self.schedule.alpha)) if recipe.objective.uncertainty else None
         self.encode: Callable[[Tensor], Tensor]
         if recipe.text_encoder.train:
@@ -262,13 +281,18 @@ class Diffusion(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss (B,). x0, noise, perturbation: (B, C, h, w); area_weight: (B, 1, h, w); t: (B,) int64;
         tokens: (B, N) int64."""
-        context = self.encode(tokens)
+        context, unet = self.encode(tokens), LearnedVariance(self.unet) if self.reverse else self.unet
         loss = diffusion_loss(
-            self.unet, self.schedule, x0, context, self.kind, noise, t, self.weight, perturbation, area_weight
+            unet, self.schedule, x0, context, self.kind, noise, t, self.weight, perturbation, area_weight
         )
-        if self.uncertainty is None:
-            return loss, {}
-        return self.uncertainty.balance(loss, t), {"error": loss}
+        others = {}
+        if self.uncertainty is not None:
+            loss, others["error"] = self.uncertainty.balance(loss, t), loss
+        if self.reverse and isinstance(unet, LearnedVariance):
+            # L_hybrid (Nichol & Dhariwal 2021, eq. 16): the bound is a sum over T, of which this is a draw
+            others["bound"] = len(self.schedule.alpha) * unet.bound(self.reverse, x0, self.kind, t)
+            loss = loss + self.variance_weight * others["bound"]
+        return loss, others
 
 
 def frozen(text_encoder: CLIPTextEncoder) -> Callable[[Tensor], Tensor]:
