@@ -2,6 +2,7 @@
 
 python bench/soak_resume.py --kills 200            kill -9 at random instants, also within a save
 python bench/soak_resume.py --kills 50 --workers 2 --optimizer muon
+python bench/soak_resume.py --kills 50 --async-save     checkpoints are written in a thread
 
 The run is a small latent diffusion model with its text encoder. What every process leaves is compared with
 what an uninterrupted run left at the same step: weights, averages and optimizer by their SHA-256, and, when a
@@ -131,6 +132,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     parser.add_argument("--workers", type=int, default=0, help="threads that read ahead")
     parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"])
+    parser.add_argument("--async-save", action="store_true", help="write checkpoints beside the training")
     args = parser.parse_args()
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
@@ -151,7 +153,7 @@ def soak(folder: Path, args: argparse.Namespace) -> int:
     length = time.monotonic() - begin
     wanted, lines = hashes(folder / "whole"), metrics(folder / "whole")
     print(f"the uninterrupted run: {STEPS} steps, {len(wanted)} checkpoints, {length:.1f} s", flush=True)
-    run = recipe(folder / "run", args.optimizer, args.workers)
+    run = recipe(folder / "run", args.optimizer, args.workers, async_save=args.async_save)
     newest = 0
     while counts["kills"] < args.kills:
         before = set((folder / "run/checkpoints").glob("*.tmp-*"))

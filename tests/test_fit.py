@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from ldm.checkpoint import load_model, save_model
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.unet import UNet, UNetConfig
 from tests.tiny import CAPTIONS
-from train import record
+from train import record, saving
 from train.autoencoding import AutoencoderRecipe, Autoencoding
 from train.checkpoint import load_checkpoint
 from train.command import RunFailed
@@ -231,6 +232,32 @@ FLOW = ObjectiveConfig(prediction="flow", timestep_density="logit_normal", times
 
 
 BALANCED = ObjectiveConfig(weight="none", uncertainty=True)
+
+
+def test_a_learned_variance_trains_resumes_and_draws(tmp_path, autoencoder):
+    """Its bound falls; a run in two parts is one; DDPM draws with it, and the other solvers without."""
+    options = {"unet": replace(UNET, out_channels=8), "optim": replace(OPTIM, lr=1e-2)}
+    task = train_diffusion(diffusion_recipe(tmp_path / "whole", **options), autoencoder)
+    train_diffusion(diffusion_recipe(tmp_path / "halves", **options), autoencoder, stop_after=7)
+    train_diffusion(diffusion_recipe(tmp_path / "halves", **options), autoencoder)
+    assert state(tmp_path / "halves", 20) == state(tmp_path / "whole", 20)
+    bounds = [line["bound"] for line in losses(tmp_path / "whole")]
+    assert sum(bounds[-5:]) < sum(bounds[:5])
+    with torch.no_grad():
+        assert math.isfinite(task.validate([[1, 5]])["loss"])
+    pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "whole/model")
+    seen = []
+    for sampler, more in (("ddpm", 0.0), ("ddpm", 1.0), ("ddim", 0.0), ("ddim", 1.0)):
+        pipe.unet.conv_out.bias.data[4:] += more
+        seen.append(pipe(CAPTIONS[0], num_inference_steps=3, seed=0, sampler=sampler, output_type="latent"))
+    assert not torch.equal(seen[0].images, seen[1].images)
+    assert torch.equal(seen[2].images, seen[3].images)
+    with pytest.raises(ValueError, match=r"out_channels=8 with objective.prediction=flow"):
+        diffusion_recipe(tmp_path, objective=FLOW, **options)
+    with pytest.raises(ValueError, match=r"unet.out_channels=5: expected unet.in_channels=4, or twice"):
+        diffusion_recipe(tmp_path, unet=replace(UNET, out_channels=5))
+    with pytest.raises(ValueError, match=r"objective.variance_weight=0: expected up to 1"):
+        ObjectiveConfig(variance_weight=0)
 
 
 @pytest.mark.parametrize("objective", [ObjectiveConfig(), FLOW, BALANCED])
@@ -625,16 +652,47 @@ def test_ten_bad_steps_in_a_row_end_the_run(tmp_path):
     assert "lower optim.lr" in str(error.value)
 
 
-def test_a_full_disk_does_not_end_the_run_but_the_last_save_does(tmp_path, monkeypatch, caplog):
-    from train import loop
+def disk(monkeypatch: pytest.MonkeyPatch, full: Callable[[int], bool], seconds: float = 0.0) -> list[int]:
+    """Makes saves slow, and those of some steps fail; returns the steps of those that end well."""
+    saved: list[int] = []
 
-    def full(*args: object) -> Path:
-        raise OSError("No space left on device")
+    def save_checkpoint(folder: Path, step: int, *args: Any) -> Path:
+        time.sleep(seconds)
+        if full(step):
+            raise OSError("No space left on device")
+        path = plain(folder, step, *args)
+        saved.append(step)
+        return path
 
-    monkeypatch.setattr(loop, "save_checkpoint", full)
-    with pytest.raises(RuntimeError, match="last state could not be saved: No space left"):
-        fit(Toy(), toy_config(tmp_path))
-    assert "no checkpoint at step 18, training goes on" in caplog.text
+    plain = saving.save_checkpoint
+    monkeypatch.setattr(saving, "save_checkpoint", save_checkpoint)
+    return saved
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_full_disk_does_not_end_the_run_but_the_last_save_does(tmp_path, monkeypatch, caplog, beside):
+    saved = disk(monkeypatch, full=lambda step: step != 12)
+    with pytest.raises(RunFailed, match="last state could not be saved: No space left .* is .*step-00000012"):
+        fit(Toy(), toy_config(tmp_path, async_save=beside))
+    assert saved == [12]
+    for step in (6, 18):
+        assert f"no checkpoint at step {step}, training goes on" in caplog.text
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000012"]
+    assert not (tmp_path / "exported.json").exists()
+
+
+def test_saves_beside_the_training_hold_the_state_of_their_step(tmp_path, monkeypatch):
+    """Bit for bit, while slow saves are overtaken by steps; and a stop waits for the one in hand."""
+    fit(Toy(), toy_config(tmp_path / "whole", keep_last=9))
+    saved = disk(monkeypatch, full=lambda step: False, seconds=0.05)
+    beside = {"async_save": True, "keep_last": 9}
+    fit(Toy(stop_after=7), toy_config(tmp_path / "run", **beside))
+    assert saved == [6, 7]
+    fit(Toy(), toy_config(tmp_path / "run", **beside))
+    assert saved == [6, 7, 12, 18, 20]
+    for step in (6, 12, 18, 20):
+        assert state(tmp_path / "run", step) == state(tmp_path / "whole", step)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

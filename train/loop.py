@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.config import replacing
 from ldm.noise import key
 from ldm.pipeline import default_dtype
-from train.checkpoint import clean, find_checkpoint, save_checkpoint
+from train.checkpoint import find_checkpoint
 from train.command import RunFailed
 from train.config import to_mapping
 from train.ema import EMA, classic, power
@@ -31,6 +29,7 @@ from train.optim import build_optimizer, learning_rate
 from train.plan import Plan
 from train.readahead import ReadAhead
 from train.record import Record, open_run
+from train.saving import Saver, snapshot
 from train.state import FitConfig, Outcome, State, Task
 from train.stop import StopRequest
 from train.watchdog import Watchdog
@@ -63,6 +62,7 @@ def fit(task: Task, config: FitConfig) -> Outcome:
         open_run(Path(config.output), config, accelerator) as record,
         StopRequest(accelerator, config.max_minutes) as stop,
         Watchdog(record.folder, config.watchdog_minutes, accelerator.process_index) as dog,
+        make_saver(task, config, record, accelerator) as saver,
     ):
         for bucket in plan.trained:
             if 0 < len(bucket) < plan.batch_size:
@@ -77,12 +77,12 @@ def fit(task: Task, config: FitConfig) -> Outcome:
                 with memory_advice(plan, state, record):
                     train_step(state, wrapped, batches, plan, config, accelerator, record)
                 dog.beat(state.step)
-                for do in pieces(task, state, plan, config, record, accelerator):
+                saver.settle(wait=False)
+                for do in pieces(task, state, plan, config, saver):
                     with dog.piece(state.step):
                         do()
         with dog.piece(state.step):
-            if record.saved_step != state.step:
-                save(state, task, config, record, accelerator, last=True)
+            saver.finish(state)
             finished, exported = state.step >= config.steps, record.exported_step() == state.step
             accelerator.wait_for_everyone()  # nobody exports before all have looked
         if finished and not exported:
@@ -97,11 +97,12 @@ def fit(task: Task, config: FitConfig) -> Outcome:
 
 
 def pieces(
-    task: Task, state: State, plan: Plan, config: FitConfig, record: Record, accelerator: Accelerator
+    task: Task, state: State, plan: Plan, config: FitConfig, saver: Saver
 ) -> Iterator[Callable[[], None]]:
     """What is due after a step beside training."""
+    record, accelerator = saver.record, saver.accelerator
     if due(state.step, config.save_every, config.steps):
-        yield partial(save, state, task, config, record, accelerator)
+        yield partial(saver.save, state)
     if config.ema_widths and due(state.step, config.snapshot_every, config.steps):
         yield partial(snapshot, state, record, accelerator)
     if config.validation_samples and due(state.step, config.validate_every, config.steps):
@@ -281,48 +282,11 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def save(
-    state: State, task: Task, config: FitConfig, record: Record, accelerator: Accelerator, last: bool = False
-) -> None:
-    """A checkpoint of `state`, then rotation. A full disk ends the run only at its last save."""
-    record.flush()
-    saved = torch.ones(1, device=accelerator.device)
-    if accelerator.is_main_process:
-        facts_and_counts = {
-            "updates": state.updates,
-            "bad": state.bad,
-            "facts": facts(task, config),
-            "machine": machine(accelerator),
-            "config": to_mapping(config),
-        }
-        try:
-            record.last_good = save_checkpoint(
-                record.checkpoints, state.step, state.tensors(), facts_and_counts
-            )
-            clean(record.checkpoints, config.keep_last, state.step)
-        except OSError as error:
-            if last or state.step >= config.steps:
-                raise RunFailed(
-                    f"the last state could not be saved: {error}; the newest good checkpoint is "
-                    f"{record.last_good or 'none'}"
-                ) from error
-            log.warning("no checkpoint at step %d, training goes on: %s", state.step, error)
-            saved.zero_()
-    if accelerator.reduce(saved, "mean").item() == 1:  # all ranks know: a stop may try again
-        record.saved_step = state.step
-
-
-def snapshot(state: State, record: Record, accelerator: Accelerator) -> None:
-    """The power-function averages as they are now, for `rebuild_ema.py`, in float16: half a checkpoint."""
-    if accelerator.is_main_process:
-        try:
-            for name, ema in state.powers.items():
-                with replacing(record.snapshots / f"step-{state.step:08d}-{name}.safetensors") as path:
-                    half = {key: value.half().cpu().contiguous() for key, value in ema.average.items()}
-                    save_file(half, path, metadata={"updates": str(state.updates), "width": name[4:]})
-        except OSError as error:
-            log.warning("no snapshot at step %d, training goes on: %s", state.step, error)
-    accelerator.wait_for_everyone()
+def make_saver(task: Task, config: FitConfig, record: Record, accelerator: Accelerator) -> Saver:
+    """What writes checkpoints, and what they say of their run. On the CPU a thread takes cores that train."""
+    about = {"facts": facts(task, config), "machine": machine(accelerator), "config": to_mapping(config)}
+    beside = not cpu_only() if config.async_save is None else config.async_save
+    return Saver(record, accelerator, config.keep_last, about, beside)
 
 
 def validate(task: Task, state: State, plan: Plan, record: Record, accelerator: Accelerator) -> None:

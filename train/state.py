@@ -38,6 +38,7 @@ class FitConfig:
     max_minutes: float | None = None  # of the process; then save and exit 75
     watchdog_minutes: float | None = 30.0  # without progress; then all stacks and exit 76; null: never
     save_every: int = 500  # optimizer steps between checkpoints
+    async_save: bool | None = None  # write them beside the training, from a copy; null: on CUDA only
     keep_last: int = 2  # checkpoints kept
     sample_every: int = 500  # optimizer steps between pictures; 0: none
     validation_samples: int = 0  # held out of training; the loss on them says whether it learns by heart
@@ -115,7 +116,7 @@ class State:
     """All that changes during a run."""
 
     module: nn.Module
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     ema: EMA
     powers: dict[str, EMA] = field(default_factory=dict)  # by the name of their file
     step: int = 0  # batches seen
