@@ -20,11 +20,12 @@ from ldm.checkpoint import Undrawn, has_variant, load_model, save_model
 from ldm.config import read_config, read_json, write_json
 from ldm.guidance import classifier_free, conditional
 from ldm.hub import find_folder
+from ldm.noise import Noise
 from ldm.sample import Step, trajectory
 from ldm.scheduler import Scheduler
 from ldm.solvers import SOLVERS, Tableau
 from ldm.unet import UNet
-from ldm.variance import LearnedVariance
+from ldm.variance import LearnedVariance, Predict
 from text_encoder.clip import CLIPTextEncoder
 from text_encoder.tokenizer import Tokenizer
 
@@ -304,12 +305,7 @@ class LatentDiffusionPipeline:
             log.warning("the negative prompt has no effect without guidance: guidance_scale=%s", scale)
         shape, kind = self._latent_shape(height, width, latents), self.scheduler.prediction
         xt, noise, seeds = inputs.first_noise(len(context), shape, seed, generator, latents)
-        predict: Callable[[Tensor, Tensor, Tensor], Tensor] = self._predict
-        if self.unet.config.out_channels == 2 * shape[0]:
-            predict = LearnedVariance(self._predict)
-            named = self.scheduler.config.get("variance_type", "learned_range") == "learned_range"
-            if named and (sampler or self.defaults.sampler or self.scheduler.solver) == "ddpm":
-                noise = predict.louder(noise, tableau.steps)
+        predict, noise = self._heard(noise, tableau, sampler)
         denoise = conditional(predict, context, kind)
         if scale > 1:
             denoise = classifier_free(predict, context, uncond, scale, kind, rescale, guidance_interval)
@@ -382,6 +378,14 @@ class LatentDiffusionPipeline:
         width = usual[1] if width is None else width
         options.check_size(height, width, factor)
         return self.unet.config.in_channels, height // factor, width // factor
+
+    def _heard(self, noise: Noise, tableau: Tableau, sampler: str | None) -> tuple[Predict, Noise]:
+        """The UNet's prediction, and a run's noise: DDPM's is as loud as the UNet says, where it does."""
+        if self.unet.config.out_channels != 2 * self.unet.config.in_channels:
+            return self._predict, noise
+        learned = LearnedVariance(self._predict)
+        asked = self.scheduler.learns_variance(sampler or self.defaults.sampler)
+        return learned, learned.louder(noise, tableau.steps) if asked else noise
 
     def _predict(self, xt: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """The UNet's answer: the prediction, (B, C, h, w), and the variance that some give beside it."""

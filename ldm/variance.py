@@ -1,4 +1,4 @@
-"""The variance of a reverse step, learned beside its mean: Nichol & Dhariwal 2021, "Improved DDPM", section 3.
+"""The variance of a reverse step, learned beside its mean: Nichol & Dhariwal 2021, "Improved DDPM".
 
 A UNet with twice as many channels out as in answers with a prediction and with v in about [-1, 1], by which
 the logarithm of the variance lies between those of the posterior's (v = -1) and of beta (v = 1).
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .noise import Noise
 from .schedule import NoiseSchedule, Prediction, Timesteps, to_x0
+
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (xt, t, context) -> the UNet's answer
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class LearnedVariance:
     prediction: Tensor
     v: Tensor
 
-    def __init__(self, unet: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, unet: Predict) -> None:
         self.unet = unet
 
     def __call__(self, xt: Tensor, t: Tensor, context: Tensor) -> Tensor:
