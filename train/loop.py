@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
 
 from ldm.noise import key
@@ -50,6 +50,7 @@ def fit(task: Task, config: FitConfig) -> Outcome:
         log_with=config.tracker,
         project_dir=config.output,
     )
+    refuse_shards(accelerator.distributed_type)
     plan = Plan(
         task.buckets,
         config.batch_size,
@@ -197,6 +198,15 @@ def cpu_only() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
+def refuse_shards(kind: DistributedType) -> None:
+    """Raises ValueError where ranks would hold parts of the weights: rank 0 saves them whole."""
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"accelerate is configured for {kind.value}, which cuts weights and optimizer in parts: its "
+            "checkpoints would not be whole. Use accelerate launch --multi_gpu, which copies them"
+        )
+
+
 def workers(config: FitConfig) -> int:
     """Threads that read ahead. On the CPU none.
 
@@ -286,7 +296,7 @@ def make_saver(task: Task, config: FitConfig, record: Record, accelerator: Accel
     """What writes checkpoints, and what they say of their run. On the CPU a thread takes cores that train."""
     about = {"facts": facts(task, config), "machine": machine(accelerator), "config": to_mapping(config)}
     beside = not cpu_only() if config.async_save is None else config.async_save
-    return Saver(record, accelerator, config.keep_last, about, beside)
+    return Saver(record, accelerator, about, beside)
 
 
 def validate(task: Task, state: State, plan: Plan, record: Record, accelerator: Accelerator) -> None:
