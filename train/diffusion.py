@@ -9,12 +9,19 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import empty_model, load_model
 from ldm.noise import generator
-from ldm.objective import DENSITIES, WEIGHTS, Uncertainty, diffusion_loss, stratified_timesteps
+from ldm.objective import (
+    DENSITIES,
+    WEIGHTS,
+    LossHistory,
+    Uncertainty,
+    diffusion_loss,
+    stratified_timesteps,
+)
 from ldm.options import Defaults
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.scheduler import Scheduler
@@ -40,6 +47,7 @@ class ObjectiveConfig:
     zero_terminal_snr: bool = True  # the noisiest level is pure noise; not with eps, always with flow
     weight: str | None = None  # of the loss, by the noise level: a name in WEIGHTS; null: what suits the rest
     timestep_density: str = "uniform"  # or logit_normal, most in the middle: a name in DENSITIES
+    importance_sampling: bool = False  # draw timesteps of large losses more often; their losses weigh less
     timestep_shift: float = 1.0  # of the timesteps drawn; below 1: less noise, which small latents want
     caption_dropout: float = 0.1  # of the samples get the empty prompt, which guidance needs
     offset_noise: float = 0.0  # deviation of noise that is the same all over a channel; zero SNR does better
@@ -58,6 +66,13 @@ class ObjectiveConfig:
         if self.uncertainty and self.weight not in (None, "none"):
             raise ValueError(
                 f"objective.uncertainty takes back what objective.weight={self.weight!r} does: leave it out"
+            )
+        if self.importance_sampling and (
+            self.uncertainty or self.timestep_shift != 1 or self.timestep_density != "uniform"
+        ):
+            raise ValueError(
+                "objective.importance_sampling chooses the timesteps: leave out uncertainty, timestep_shift "
+                "and timestep_density"
             )
         if not 0.01 <= self.timestep_shift <= 100:
             raise ValueError(
@@ -96,6 +111,7 @@ class DiffusionRecipe(FitConfig):
     text_encoder: TextConfig = field(default_factory=TextConfig)
     unet: UNetConfig
     gradient_checkpointing: bool = False  # of the UNet: much less memory for a third more time
+    compile: bool = False  # the UNet's blocks, by torch.compile; for CUDA: the first steps take minutes
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     prompts: tuple[str, ...] = ()  # of the pictures drawn while training; none: captions of the data
     export_dtype: Literal["float32", "float16"] = "float32"  # in which the exported weights are stored
@@ -115,8 +131,8 @@ class DiffusionRecipe(FitConfig):
             )
         if self.learns_variance and self.objective.prediction == "flow":
             raise ValueError(
-                f"unet.out_channels={self.unet.out_channels} with objective.prediction=flow: its steps have no "
-                f"variance to learn, use {self.unet.in_channels}"
+                f"unet.out_channels={self.unet.out_channels} with objective.prediction=flow: its steps have "
+                f"no variance to learn, use {self.unet.in_channels}"
             )
         empty_model(UNet, self.unet)  # what does not fit is found out before hours of other stages
         if self.unet.num_class_embeds is not None:
@@ -155,6 +171,8 @@ class LatentDiffusion:
             )
         if recipe.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
+        if recipe.compile:
+            self.unet.compile_blocks(shapes=len(self.buckets))
         self.module: nn.Module = Diffusion(self.unet, self.text_encoder, self.scheduler, recipe)
         self.facts: Mapping[str, Any] = {
             "data": latents.key.data,
@@ -170,9 +188,12 @@ class LatentDiffusion:
         """x0, noise, perturbation (B, C, h, w), t (B,), tokens (B, N): each a function of the draw alone."""
         z = self.latents.sample(draws)
         u = float(torch.rand((), dtype=torch.float64, generator=generator("t", draws[0].seed, draws[0].step)))
-        T, shift = len(self.scheduler.schedule.alpha), self.recipe.objective.timestep_shift
-        t = stratified_timesteps(draws[0].count, T, u, shift, self.recipe.objective.timestep_density)
-        shape, objective = tuple(z.shape[1:]), self.recipe.objective
+        shape, objective, count = tuple(z.shape[1:]), self.recipe.objective, draws[0].count
+        T, shift = len(self.scheduler.schedule.alpha), objective.timestep_shift
+        if objective.importance_sampling:
+            t = (u + torch.arange(count, dtype=torch.float64) / count) % 1  # quantiles, as stratified as t
+        else:
+            t = stratified_timesteps(count, T, u, shift, objective.timestep_density)
         batch = {
             "x0": self.vae.to_latents(z),
             "noise": normal(draws, shape, "noise"),
@@ -263,6 +284,7 @@ class Diffusion(nn.Module):
         self.reverse = ReverseSteps.of(self.schedule) if recipe.learns_variance else None
         self.variance_weight = recipe.objective.variance_weight
         self.uncertainty = Uncertainty(len(self.schedule.alpha)) if recipe.objective.uncertainty else None
+        self.history = LossHistory(len(self.schedule.alpha)) if recipe.objective.importance_sampling else None
         self.encode: Callable[[Tensor], Tensor]
         if recipe.text_encoder.train:
             self.text_encoder = text_encoder
@@ -279,8 +301,11 @@ class Diffusion(nn.Module):
         perturbation: Tensor | None = None,
         area_weight: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss (B,). x0, noise, perturbation: (B, C, h, w); area_weight: (B, 1, h, w); t: (B,) int64;
-        tokens: (B, N) int64."""
+        """The loss (B,). x0, noise, perturbation: (B, C, h, w); area_weight: (B, 1, h, w); t: (B,) int64, or
+        float64 quantiles where importance chooses; tokens: (B, N) int64."""
+        importance = None
+        if self.history is not None:
+            t, importance = self.history.choose(t)
         context, unet = self.encode(tokens), LearnedVariance(self.unet) if self.reverse else self.unet
         loss = diffusion_loss(
             unet, self.schedule, x0, context, self.kind, noise, t, self.weight, perturbation, area_weight
@@ -292,7 +317,19 @@ class Diffusion(nn.Module):
             # L_hybrid (Nichol & Dhariwal 2021, eq. 16): the bound is a sum over T, of which this is a draw
             others["bound"] = len(self.schedule.alpha) * unet.bound(self.reverse, x0, self.kind, t)
             loss = loss + self.variance_weight * others["bound"]
+        if self.history is not None and importance is not None:
+            self.history.note(of_all_ranks(t), of_all_ranks(loss.detach()))
+            loss = importance * loss
         return loss, others
+
+
+def of_all_ranks(values: Tensor) -> Tensor:
+    """(B,) of this rank to (ranks * B,), the same on all of them, so that all go on alike."""
+    if not distributed.is_initialized():
+        return values
+    parts = [torch.empty_like(values) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, values)
+    return torch.cat(parts)
 
 
 def frozen(text_encoder: CLIPTextEncoder) -> Callable[[Tensor], Tensor]:
