@@ -33,9 +33,9 @@ class Saver:
     """
 
     def __init__(
-        self, record: Record, accelerator: Accelerator, keep_last: int, about: Mapping[str, Any], beside: bool
+        self, record: Record, accelerator: Accelerator, about: Mapping[str, Any], beside: bool
     ) -> None:
-        self.record, self.accelerator, self.keep_last, self.about = record, accelerator, keep_last, about
+        self.record, self.accelerator, self.about = record, accelerator, about
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="save") if beside else None
         self.pending: tuple[int, Future[Path]] | None = None  # step, and the checkpoint that comes of it
         self.copies: dict[tuple[str, str], Tensor] = {}
@@ -52,12 +52,12 @@ class Saver:
             self.pool.shutdown()
 
     def save(self, state: State) -> None:
-        """A checkpoint of `state` as it is now, then rotation. A full disk does not end the run: a warning."""
+        """A checkpoint of `state` as it is now, then rotation. A full disk is a warning, not the end."""
         self.settle()
         self.record.flush()
         if not self.accelerator.is_main_process:
             return
-        about, tensors = {"updates": state.updates, "bad": state.bad, **self.about}, state.tensors()
+        tensors, about = state.tensors(), self.story(state)
         if self.pool is None:
             future = now(partial(self.write, state.step, tensors, about))
         else:
@@ -65,9 +65,12 @@ class Saver:
         self.pending = state.step, future
         self.settle(wait=self.pool is None)
 
+    def story(self, state: State) -> dict[str, Any]:
+        return {"updates": state.updates, "bad": state.bad, **self.about}
+
     def write(self, step: int, tensors: Tensors, about: Mapping[str, Any]) -> Path:
         path = save_checkpoint(self.record.checkpoints, step, tensors, about)
-        clean(self.record.checkpoints, self.keep_last, step)
+        clean(self.record.checkpoints, self.record.config.keep_last, step)
         return path
 
     def copy(self, tensors: Tensors) -> Tensors:
@@ -99,14 +102,26 @@ class Saver:
     def finish(self, state: State) -> None:
         """Return when `state` is on disk. Raises RunFailed, on all ranks, if it cannot be."""
         self.settle()
-        if not self.on_disk(state.step):
-            self.save(state)
-            self.settle()
-        if not self.on_disk(state.step):
-            raise RunFailed(
-                f"the last state could not be saved: {self.error or 'rank 0 says why'}; the newest good "
-                f"checkpoint is {self.record.last_good or 'none'}"
-            ) from self.error
+        if self.on_disk(state.step):
+            return
+        self.save(state)
+        self.settle()
+        if self.on_disk(state.step):
+            return
+        error = self.error or "rank 0 says why"
+        raise RunFailed(f"the last state could not be saved: {error}; {self.rescue(state)}") from self.error
+
+    def rescue(self, state: State) -> str:
+        """Try config.emergency_output, where there is one; returns what is left to go on from."""
+        newest = f"the newest good checkpoint is {self.record.last_good or 'none'}"
+        folder = self.record.config.emergency_output
+        if folder is None or not self.accelerator.is_main_process:
+            return newest
+        try:
+            path = save_checkpoint(Path(folder), state.step, state.tensors(), self.story(state))
+        except OSError as error:
+            return f"nor in emergency_output: {error}; {newest}"
+        return f"it lies in {path} instead: --resume {path} goes on from it"
 
     def on_disk(self, step: int) -> bool:
         """Whether the state of `step` is saved, which rank 0 knows."""

@@ -40,6 +40,7 @@ class FitConfig:
     save_every: int = 500  # optimizer steps between checkpoints
     async_save: bool | None = None  # write them beside the training, from a copy; null: on CUDA only
     keep_last: int = 2  # checkpoints kept
+    emergency_output: str | None = None  # folder for the last state where output is full; then --resume it
     sample_every: int = 500  # optimizer steps between pictures; 0: none
     validation_samples: int = 0  # held out of training; the loss on them says whether it learns by heart
     validate_every: int = 500  # optimizer steps between validations, by the averaged weights
