@@ -76,6 +76,7 @@ class Settings(NamedTuple):
 
     optimizer: str
     workers: int  # threads that read ahead
+    async_save: bool  # checkpoints are written beside the training
     seed: int  # of the instants
 
 
@@ -93,6 +94,7 @@ def train(folder: Path, name: str, settings: Settings, save_every: int) -> int:
         keep_last=2 if save_every > 1 else STEPS,
         sample_every=0,
         workers=settings.workers,
+        async_save=settings.async_save,
         precision="fp32",
         data=DATA,
         unet=UNET,
@@ -350,6 +352,7 @@ def main() -> int:
     )
     parser.add_argument("--ranks", default="1,2", help="of the runs, in turn")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--async-save", action="store_true", help="write checkpoints beside the training")
     parser.add_argument("--workers", type=int, default=0, help="threads that read ahead")
     parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"])
     parser.add_argument(
@@ -363,7 +366,7 @@ def main() -> int:
     if not (args.output / "autoencoder/config.json").exists():
         torch.manual_seed(0)
         save_model(AutoencoderKL(VAE), args.output / "autoencoder")
-    soak = Soak(args.output, Settings(args.optimizer, args.workers, args.seed))
+    soak = Soak(args.output, Settings(args.optimizer, args.workers, args.async_save, args.seed))
     soak.go_on(args.kills, [int(count) for count in args.ranks.split(",")])
     counts, rate = soak.counts, 60 * soak.counts["kills"] / soak.state["seconds"]
     print(

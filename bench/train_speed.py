@@ -30,7 +30,8 @@ from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.checkpoint import save_model
 from ldm.unet import UNetConfig
 from train.data import DataConfig, open_source
-from train.diffusion import DiffusionRecipe, LatentDiffusion, ObjectiveConfig
+from train.denoising import ObjectiveConfig
+from train.diffusion import DiffusionRecipe, LatentDiffusion
 from train.latents import Bucket, CacheKey, Latents
 from train.loop import prepare, train_step
 from train.optim import OptimConfig

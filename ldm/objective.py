@@ -150,3 +150,50 @@ class Uncertainty(nn.Module):
         """What to minimise instead of losses (B,) at timesteps t (B,)."""
         u = self(t)
         return loss / u.exp() + u
+
+
+class LossHistory(nn.Module):
+    """Timesteps by importance: t with p(t) ~ sqrt(E[L_t**2]), by the last 10 losses of each timestep.
+
+    Nichol & Dhariwal 2021, eq. 18; as in the paper's program even until each has 10, and always a thousandth
+    of it even. It learns from what it chose, so unlike the other timesteps these are a function of the run
+    so far. All of that is in its buffers.
+    """
+
+    LENGTH, EVEN = 10, 0.001
+
+    def __init__(self, T: int) -> None:
+        super().__init__()
+        self.losses: Tensor
+        self.counts: Tensor
+        # the last row takes what is too old to keep
+        self.register_buffer("losses", torch.zeros(T + 1, self.LENGTH, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(T, dtype=torch.int64))
+
+    def probabilities(self) -> Tensor:
+        """p (T,) float64."""
+        size = self.losses[:-1].square().mean(1).sqrt()
+        T, known = len(size), (self.counts >= self.LENGTH).all() & (size.sum() > 0)
+        learned = (1 - self.EVEN) * size / size.sum() + self.EVEN / T
+        return torch.where(known, learned, torch.full_like(size, 1 / T))
+
+    def choose(self, quantiles: Tensor) -> tuple[Tensor, Tensor]:
+        """t (B,) int64 at these quantiles of p, (B,) float64 in [0, 1), and what their losses weigh.
+
+        1 / (T p): with that weight the mean loss is that of even timesteps.
+        """
+        p = self.probabilities()
+        t = torch.searchsorted(p.cumsum(0), quantiles, right=True).clamp(max=len(p) - 1)
+        return t, (1 / (len(p) * p[t])).float()
+
+    @torch.no_grad()
+    def note(self, t: Tensor, loss: Tensor) -> None:
+        """Remember losses (B,) at timesteps t (B,), in their order, but none that is not finite."""
+        finite = loss.isfinite()
+        same = (t[:, None] == t[None, :]) & finite
+        earlier, later = same.tril(-1).sum(1), same.triu(1).sum(1)  # of the same timestep, in this batch
+        slot = (self.counts[t] + earlier) % self.LENGTH
+        row = torch.where(finite & (later < self.LENGTH), t, len(self.counts))
+        self.losses[row, slot] = loss.double()
+        self.losses[-1] = 0  # or it would depend on which of several writes came last
+        self.counts.index_add_(0, t, finite.long())

@@ -20,10 +20,12 @@ from ldm.checkpoint import Undrawn, has_variant, load_model, save_model
 from ldm.config import read_config, read_json, write_json
 from ldm.guidance import classifier_free, conditional
 from ldm.hub import find_folder
+from ldm.noise import Noise
 from ldm.sample import Step, trajectory
 from ldm.scheduler import Scheduler
 from ldm.solvers import SOLVERS, Tableau
 from ldm.unet import UNet
+from ldm.variance import LearnedVariance, Predict
 from text_encoder.clip import CLIPTextEncoder
 from text_encoder.tokenizer import Tokenizer
 
@@ -303,9 +305,10 @@ class LatentDiffusionPipeline:
             log.warning("the negative prompt has no effect without guidance: guidance_scale=%s", scale)
         shape, kind = self._latent_shape(height, width, latents), self.scheduler.prediction
         xt, noise, seeds = inputs.first_noise(len(context), shape, seed, generator, latents)
-        denoise = conditional(self._predict, context, kind)
+        predict, noise = self._heard(noise, tableau, sampler)
+        denoise = conditional(predict, context, kind)
         if scale > 1:
-            denoise = classifier_free(self._predict, context, uncond, scale, kind, rescale, guidance_interval)
+            denoise = classifier_free(predict, context, uncond, scale, kind, rescale, guidance_interval)
         steps_taken = trajectory(denoise, xt.to(self.device, torch.float32), tableau, noise)
         for step in self._bar(steps_taken, len(tableau.steps)):
             xt = step.xt
@@ -376,9 +379,17 @@ class LatentDiffusionPipeline:
         options.check_size(height, width, factor)
         return self.unet.config.in_channels, height // factor, width // factor
 
+    def _heard(self, noise: Noise, tableau: Tableau, sampler: str | None) -> tuple[Predict, Noise]:
+        """The UNet's prediction, and a run's noise: DDPM's is as loud as the UNet says, where it does."""
+        if self.unet.config.out_channels != 2 * self.unet.config.in_channels:
+            return self._predict, noise
+        learned = LearnedVariance(self._predict)
+        asked = self.scheduler.learns_variance(sampler or self.defaults.sampler)
+        return learned, learned.louder(noise, tableau.steps) if asked else noise
+
     def _predict(self, xt: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """The UNet's prediction, (B, C, h, w), without the variance that some UNets give beside it."""
-        return self.unet(xt.contiguous(memory_format=torch.channels_last), t, context)[:, : xt.shape[1]]
+        """The UNet's answer: the prediction, (B, C, h, w), and the variance that some give beside it."""
+        return self.unet(xt.contiguous(memory_format=torch.channels_last), t, context)
 
     def _bar(self, steps: Iterable[Step], total: int) -> Iterable[Step]:
         """The steps, with a progress bar where stderr is a terminal."""

@@ -66,7 +66,7 @@ ACCEPTED: dict[str, tuple[object, ...]] = {
     "sigma_max": (None,),
     "timestep_type": ("discrete",),
     "interpolation_type": ("linear",),
-    "variance_type": (None, "fixed_small", "fixed_small_log"),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "learned_range"),
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
     "solver_type": ("midpoint", "bh2"),
     "euler_at_final": (False,),
@@ -250,6 +250,11 @@ class Scheduler:
         key, default = grid.last
         end = 1.0 if config.get(key, default) in (True, "zero") else float(schedule.alpha[0])
         return Timesteps.from_ratio(t, ratio, end)
+
+    def learns_variance(self, solver: str | None = None) -> bool:
+        """Whether a run takes the deviation of its noise from a UNet that tells it: by DDPM, unless fixed."""
+        own = self.config.get("variance_type", "learned_range") == "learned_range"
+        return own and (solver or self.solver) == "ddpm"
 
     def tableau(self, count: int, solver: str | None = None, skip: int = 0) -> Tableau:
         """The table of a run of count steps, less its first skip (image-to-image), by this or that solver."""

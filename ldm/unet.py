@@ -154,6 +154,11 @@ class UNetConfig:
                 f"cross_attention_dim={self.cross_attention_dim}"
             )
 
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the UNet also says how sure it is (Nichol & Dhariwal 2021), in half of its channels."""
+        return self.out_channels == 2 * self.in_channels
+
     def per_level(self, key: str) -> tuple[Any, ...]:
         """The value of a "per level" key for each level, largest latents first."""
         value = getattr(self, key)
@@ -302,6 +307,12 @@ def up_blocks(config: UNetConfig, skips: list[int]) -> list[UpBlock]:
     return blocks
 
 
+def train_compiled(module: nn.Module, backend: str) -> None:
+    """Replaces forward on this one object: in training it is compiled, for one shape at a time."""
+    plain, fast = module.forward, torch.compile(module.forward, dynamic=False, backend=backend)
+    module.forward = lambda *args: (fast if module.training else plain)(*args)
+
+
 class UNet(nn.Module):
     """The denoiser of latent diffusion, (xt, t, context) -> prediction (Rombach et al. 2022, section 3.3).
 
@@ -365,6 +376,23 @@ class UNet(nn.Module):
         for module in self.modules():
             if isinstance(module, ResnetBlock | AttentionBlock | SpatialTransformer):
                 recompute(module)
+
+    def compile_blocks(self, shapes: int = 1, backend: str = "inductor") -> None:
+        """Train with every resnet and transformer compiled, anew for each of so many shapes of latents.
+
+        Names and parameters stay as they are, and so does drawing, whose sizes change with every call. After
+        enable_gradient_checkpointing, where both are wanted.
+        """
+        import torch._dynamo.config as limits  # seconds
+
+        kinds = ResnetBlock | AttentionBlock | SpatialTransformer
+        blocks = [module for module in self.modules() if isinstance(module, kinds)]
+        # Blocks of a class share its code, and past the limit, without a word, nothing more is compiled.
+        needed = len(blocks) * (shapes + 1)
+        limits.recompile_limit = max(limits.recompile_limit, needed)
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, needed)
+        for module in blocks:
+            train_compiled(module, backend)
 
     @staticmethod
     def rename_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +25,13 @@ from ldm.checkpoint import load_model, save_model
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.unet import UNet, UNetConfig
 from tests.tiny import CAPTIONS
-from train import record
+from train import record, saving
 from train.autoencoding import AutoencoderRecipe, Autoencoding
-from train.checkpoint import load_checkpoint
+from train.checkpoint import list_checkpoints, load_checkpoint
 from train.command import RunFailed
 from train.data import DataConfig, open_source
-from train.diffusion import DiffusionRecipe, LatentDiffusion, ObjectiveConfig
+from train.denoising import ObjectiveConfig
+from train.diffusion import DiffusionRecipe, LatentDiffusion
 from train.encoding import compute_latents
 from train.latents import Bucket, CacheKey, Latents
 from train.loop import fit
@@ -232,6 +234,62 @@ FLOW = ObjectiveConfig(prediction="flow", timestep_density="logit_normal", times
 
 
 BALANCED = ObjectiveConfig(weight="none", uncertainty=True)
+
+
+def test_importance_sampling_resumes_bit_for_bit(tmp_path, autoencoder):
+    """What it learned of the losses, from the run so far, is in the checkpoint."""
+
+    def train(name: str, stop_after: int = 0) -> None:
+        objective = ObjectiveConfig(importance_sampling=True)
+        recipe = diffusion_recipe(tmp_path / name, steps=12, objective=objective)
+        task = LatentDiffusion(recipe, autoencoder, latents())
+        task.module.history.counts.fill_(10)  # as if many steps had been; what a checkpoint holds comes later
+        task.module.history.losses[:-1] = torch.linspace(3, 1, 1000)[:, None]
+        seen = task.batch
+
+        def batch(draws: list[Draw]) -> dict[str, Tensor]:
+            if draws[0].step + 1 == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return seen(draws)
+
+        task.batch = batch
+        fit(task, recipe)
+
+    train("whole")
+    train("halves", stop_after=5)
+    train("halves")
+    assert state(tmp_path / "halves", 12) == state(tmp_path / "whole", 12)
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    tensors = load_checkpoint(tmp_path / "whole/checkpoints/step-00000012").tensors["model"]
+    assert tensors["history.counts"].sum() == 10 * 1000 + 12 * 4
+    with pytest.raises(ValueError, match=r"objective.importance_sampling chooses the timesteps: leave out"):
+        ObjectiveConfig(importance_sampling=True, timestep_shift=2.0)
+
+
+def test_a_learned_variance_trains_resumes_and_draws(tmp_path, autoencoder):
+    """Its bound falls; a run in two parts is one; DDPM draws with it, and the other solvers without."""
+    options = {"unet": replace(UNET, out_channels=8), "optim": replace(OPTIM, lr=1e-2), "steps": 12}
+    task = train_diffusion(diffusion_recipe(tmp_path / "whole", **options), autoencoder)
+    train_diffusion(diffusion_recipe(tmp_path / "halves", **options), autoencoder, stop_after=5)
+    train_diffusion(diffusion_recipe(tmp_path / "halves", **options), autoencoder)
+    assert state(tmp_path / "halves", 12) == state(tmp_path / "whole", 12)
+    bounds = [line["bound"] for line in losses(tmp_path / "whole")]
+    assert sum(bounds[-4:]) < sum(bounds[:4])
+    with torch.no_grad():
+        assert math.isfinite(task.validate([[1, 5]])["loss"])
+    pipe = LatentDiffusionPipeline.from_pretrained(tmp_path / "whole/model")
+    seen = []
+    for sampler, more in (("ddpm", 0.0), ("ddpm", 1.0), ("ddim", 0.0), ("ddim", 1.0)):
+        pipe.unet.conv_out.bias.data[4:] += more
+        seen.append(pipe(CAPTIONS[0], num_inference_steps=3, seed=0, sampler=sampler, output_type="latent"))
+    assert not torch.equal(seen[0].images, seen[1].images)
+    assert torch.equal(seen[2].images, seen[3].images)
+    with pytest.raises(ValueError, match=r"out_channels=8 with objective.prediction=flow"):
+        diffusion_recipe(tmp_path, objective=FLOW, **options)
+    with pytest.raises(ValueError, match=r"unet.out_channels=5: expected unet.in_channels=4, or twice"):
+        diffusion_recipe(tmp_path, unet=replace(UNET, out_channels=5))
+    with pytest.raises(ValueError, match=r"objective.variance_weight=0: expected up to 1"):
+        ObjectiveConfig(variance_weight=0)
 
 
 @pytest.mark.parametrize("objective", [ObjectiveConfig(), FLOW, BALANCED])
@@ -627,16 +685,100 @@ def test_ten_bad_steps_in_a_row_end_the_run(tmp_path):
     assert "lower optim.lr" in str(error.value)
 
 
-def test_a_full_disk_does_not_end_the_run_but_the_last_save_does(tmp_path, monkeypatch, caplog):
-    from train import loop
+def disk(monkeypatch: pytest.MonkeyPatch, full: Callable[[int], bool], seconds: float = 0.0) -> list[int]:
+    """Makes saves slow, and those of some steps fail; returns the steps of those that end well."""
+    saved: list[int] = []
 
-    def full(*args: object) -> Path:
-        raise OSError("No space left on device")
+    def save_checkpoint(folder: Path, step: int, *args: Any) -> Path:
+        time.sleep(seconds)
+        if full(step):
+            raise OSError("No space left on device")
+        path = plain(folder, step, *args)
+        saved.append(step)
+        return path
 
-    monkeypatch.setattr(loop, "save_checkpoint", full)
-    with pytest.raises(RuntimeError, match="last state could not be saved: No space left"):
-        fit(Toy(), toy_config(tmp_path))
-    assert "no checkpoint at step 18, training goes on" in caplog.text
+    plain = saving.save_checkpoint
+    monkeypatch.setattr(saving, "save_checkpoint", save_checkpoint)
+    return saved
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_full_disk_does_not_end_the_run_but_the_last_save_does(tmp_path, monkeypatch, caplog, beside):
+    saved = disk(monkeypatch, full=lambda step: step != 12)
+    with pytest.raises(RunFailed, match=r"could not be saved: No space left .* is .*step-00000012"):
+        fit(Toy(), toy_config(tmp_path, async_save=beside))
+    assert saved == [12]
+    for step in (6, 18):
+        assert f"no checkpoint at step {step}, training goes on" in caplog.text
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000012"]
+    assert not (tmp_path / "exported.json").exists()
+
+
+def test_the_last_state_of_a_full_disk_goes_elsewhere(tmp_path, monkeypatch):
+    plain, run = (
+        saving.save_checkpoint,
+        toy_config(tmp_path / "run", emergency_output=str(tmp_path / "other")),
+    )
+
+    def save_checkpoint(folder: Path, *args: Any) -> Path:
+        if folder.parent == tmp_path / "run":
+            raise OSError("No space left on device")
+        return plain(folder, *args)
+
+    monkeypatch.setattr(saving, "save_checkpoint", save_checkpoint)
+    rescued = tmp_path / "other/step-00000007"
+    with pytest.raises(RunFailed, match=rf"No space left on device; it lies in {rescued} instead: --resume"):
+        fit(Toy(stop_after=7), run)
+    monkeypatch.undo()
+    fit(Toy(), replace(run, resume=str(rescued)))
+    fit(Toy(), toy_config(tmp_path / "whole"))
+    assert state(tmp_path / "run", 20) == state(tmp_path / "whole", 20)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_saves_beside_the_training_hold_the_state_of_their_step(tmp_path, monkeypatch):
+    """Bit for bit, while slow saves are overtaken by steps; and a stop waits for the one in hand."""
+    fit(Toy(), toy_config(tmp_path / "whole", keep_last=9))
+    saved = disk(monkeypatch, full=lambda step: False, seconds=0.05)
+    beside = {"async_save": True, "keep_last": 9}
+    fit(Toy(stop_after=7), toy_config(tmp_path / "run", **beside))
+    assert saved == [6, 7]
+    fit(Toy(), toy_config(tmp_path / "run", **beside))
+    assert saved == [6, 7, 12, 18, 20]
+    for step in (6, 12, 18, 20):
+        assert state(tmp_path / "run", step) == state(tmp_path / "whole", step)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_rotation_to_one_checkpoint_never_leaves_none(tmp_path, monkeypatch):
+    """Whenever something is about to be deleted, the newest checkpoint is whole and of this step."""
+    plain = saving.clean
+
+    def clean(folder: Path, keep_last: int, step: int) -> None:
+        assert load_checkpoint(list_checkpoints(folder)[-1]).step == step
+        plain(folder, keep_last, step)
+
+    monkeypatch.setattr(saving, "clean", clean)
+    fit(Toy(), toy_config(tmp_path, keep_last=1, async_save=True))
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000020"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_reader_that_fails_ends_the_run_with_its_own_words(tmp_path, workers):
+    """In a thread as in the loop; and the same command goes on, bit for bit."""
+
+    class Broken(Toy):
+        def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
+            if draws[0].step == 8:
+                raise OSError(f"picture {draws[0].index}: Input/output error")
+            return super().batch(draws)
+
+    with pytest.raises(OSError, match=r"picture \d+: Input/output error"):
+        fit(Broken(), toy_config(tmp_path / "run", workers=workers))
+    fit(Toy(), toy_config(tmp_path / "run", workers=workers))
+    fit(Toy(), toy_config(tmp_path / "whole"))
+    assert state(tmp_path / "run", 20) == state(tmp_path / "whole", 20)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
@@ -676,4 +818,24 @@ def test_a_failing_tracker_is_left_out(tmp_path, monkeypatch, caplog):
     instance.tracking = True
     instance.track({"step": 1, "loss": 2.0})
     assert not instance.tracking
+    instance.picture(1, Image.new("RGB", (2, 2)))
+    assert (tmp_path / "samples/step-00000001.png").exists()
     assert caplog.text.count("unreachable") == 2
+
+
+@pytest.mark.slow
+def test_tensorboard_gets_metrics_validation_and_pictures(tmp_path):
+    pytest.importorskip("tensorboard", reason="a tracker of its own")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {"validation_samples": 3, "validate_every": 10, "log_every": 5, "tracker": "tensorboard"}
+    fit(Toy(), toy_config(tmp_path / "run", **options))
+    events = EventAccumulator(str(tmp_path / "run/run")).Reload()
+    lines = {line["step"]: line["loss"] for line in losses(tmp_path / "run") if "loss" in line}
+    told = {event.step: event.value for event in events.Scalars("loss")}
+    assert told == {
+        step: pytest.approx(lines[step]) for step in (5, 6, 10, 12, 15, 18, 20)
+    }  # or before a save
+    assert [event.step for event in events.Scalars("validation/weight")] == [10, 20]
+    pictures = events.Images("samples")
+    assert [(event.step, event.width, event.height) for event in pictures] == [(10, 2, 2), (20, 2, 2)]

@@ -1,6 +1,7 @@
 """The loss is the paper's for the four kinds of prediction, its weights finite, its timesteps even."""
 
 import math
+from collections import deque
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from ldm.objective import (
     WEIGHTS,
+    LossHistory,
     Uncertainty,
     diffusion_loss,
     min_snr,
@@ -195,3 +197,35 @@ def test_shifted_timesteps_are_those_of_esser(shift):
 def test_timesteps_are_uniform_over_u():
     draws = torch.cat([stratified_timesteps(3, 10, (i + 0.5) / 1000) for i in range(1000)])
     assert torch.bincount(draws, minlength=10).tolist() == pytest.approx([300] * 10, abs=3)
+
+
+def test_the_history_holds_the_last_ten_losses_of_each_timestep():
+    """As ten-place queues would, also where a batch has a timestep many times; nan is no loss."""
+    history, rng = LossHistory(7), torch.Generator().manual_seed(0)
+    queues = [deque(maxlen=10) for _ in range(7)]
+    for count in (1, 5, 40, 3, 200):
+        t, loss = torch.randint(7, (count,), generator=rng), torch.rand(count, generator=rng)
+        loss[2:3] = math.nan
+        history.note(t, loss)
+        for one, value in zip(t.tolist(), loss.tolist(), strict=True):
+            if not math.isnan(value):
+                queues[one].append(value)
+        assert [sorted(row[row > 0].tolist()) for row in history.losses[:-1]] == list(map(sorted, queues))
+    size = torch.tensor([np.mean(np.square(queue)) ** 0.5 for queue in queues], dtype=torch.float64)
+    torch.testing.assert_close(history.probabilities(), 0.999 * size / size.sum() + 0.001 / 7)
+
+
+def test_importance_changes_how_often_and_not_the_mean():
+    history, t = LossHistory(50), torch.arange(50)
+    quantiles = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    chosen, weight = history.choose(quantiles)
+    assert torch.bincount(chosen).tolist() == [400] * 50  # even while there is nothing to go by
+    assert weight.tolist() == [1] * 20_000
+    for _ in range(10):
+        history.note(t, 1.0 / (1 + t))
+    chosen, weight = history.choose(quantiles)
+    often = torch.bincount(chosen, minlength=50).double()
+    torch.testing.assert_close(often / 20_000, history.probabilities(), atol=1e-4, rtol=0)
+    assert often[0] > 10 * often[20]
+    loss = torch.sin(t / 10.0)
+    assert (weight * loss[chosen]).mean().item() == pytest.approx(loss.mean().item(), abs=2e-3)

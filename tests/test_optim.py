@@ -7,11 +7,20 @@ from typing import Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.unet import UNet
 from tests.test_fit import UNET
-from train.optim import Muon, OptimConfig, build_optimizer, polar_factor
+from train import optim
+from train.optim import (
+    Muon,
+    OptimConfig,
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    polar_factor,
+)
 
 MUON = OptimConfig(lr=0.01, optimizer="muon")
 
@@ -87,6 +96,49 @@ def test_muon_steps_as_far_in_rare_directions():
 
     assert share_of_rare("muon") > 0.6
     assert share_of_rare("adamw") < 0.1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
+def test_the_state_goes_on_by_name(tmp_path, optimizer):
+    """3 steps, through a file into a new module, and 3 more are 6, bit for bit."""
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes", reason="needs the extra 8bit")
+    config = OptimConfig(lr=0.01, optimizer=optimizer)
+
+    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(32, 64, 3), nn.Conv2d(64, 32, 3))  # kernels above 4096, biases below
+        module.to(memory_format=torch.channels_last)
+        return module, build_optimizer(module, config)
+
+    def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(2, 32, 7, 6, generator=torch.Generator().manual_seed(step))
+            module(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, first = build(), build()
+    train(*whole, range(6))
+    train(*first, range(3))
+    plain = {
+        name: value.contiguous().clone() for name, value in optimizer_tensors(first[1], first[0]).items()
+    }
+    save_file(plain, tmp_path / "optimizer.safetensors")
+    second = build()
+    second[0].load_state_dict(first[0].state_dict())
+    load_optimizer_tensors(second[1], second[0], load_file(tmp_path / "optimizer.safetensors"))
+    train(*second, range(3, 6))
+    for name, value in whole[0].state_dict().items():
+        assert torch.equal(second[0].state_dict()[name], value)
+    if optimizer == "adamw8bit":
+        assert whole[1].state[whole[0][0].weight]["state1"].dtype == torch.uint8
+
+
+def test_8_bits_need_bitsandbytes(monkeypatch):
+    monkeypatch.setattr(optim, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"adamw8bit needs bitsandbytes: pip install 'ldm\[8bit\]'"):
+        build_optimizer(nn.Linear(2, 2), OptimConfig(optimizer="adamw8bit"))
 
 
 def test_errors():

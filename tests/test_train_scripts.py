@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from accelerate.utils import DistributedType
 
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.unet import UNet
@@ -21,7 +22,7 @@ from train.checkpoint import load_checkpoint
 from train.config import to_yaml
 from train.contrastive import ContrastiveRecipe
 from train.data import DataConfig
-from train.loop import fit
+from train.loop import fit, refuse_shards
 
 RANKS = """
 import sys
@@ -68,6 +69,38 @@ def test_two_ranks_resume_bit_for_bit_and_see_what_one_rank_sees(tmp_path):
     assert [seen[i % 2][i // 2 * 2 :][:2] for i in range(40)] == shares
     sizes = [[line["size"] for line in losses(folder)] for folder in (whole, tmp_path / "alone")]
     assert sizes[0] == pytest.approx(sizes[1], rel=1e-6)  # the same noise; dropout differs between ranks
+
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from tests.test_fit import Toy, toy_config
+from train.loop import fit
+
+class Dying(Toy):
+    def batch(self, draws):
+        if draws[0].step == 8 and sys.argv[2] == os.environ["RANK"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().batch(draws)
+
+sys.exit(fit(Dying(), toy_config(Path(sys.argv[1]))).exit_code)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "dies.py").write_text(DIES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command.append(str(tmp_path / "dies.py"))
+    dead = subprocess.run([*command, str(tmp_path / "run"), "1"], timeout=120, capture_output=True)
+    assert dead.returncode not in (0, 75)
+    assert [step.name for step in (tmp_path / "run/checkpoints").glob("step-????????")] == ["step-00000006"]
+    run(*command, tmp_path / "run", "none")
+    run(*command, tmp_path / "whole", "none")
+    assert state(tmp_path / "run", 20) == state(tmp_path / "whole", 20)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 ENDS = """
@@ -216,3 +249,12 @@ def test_a_plan_tells_what_every_stage_takes_and_leaves_nothing(tmp_path, capsys
     ]
     assert "at 2.5 an hour and rank; nothing was written" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_hold_parts_are_refused():
+    """Rank 0 would save its part for the whole."""
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        with pytest.raises(ValueError, match=rf"configured for {kind.value}, which cuts .* --multi_gpu"):
+            refuse_shards(kind)
+    for kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        refuse_shards(kind)

@@ -321,3 +321,30 @@ def test_config_errors(changes, message):
 def test_heads_must_divide_the_channels():
     with pytest.raises(ValueError, match="attention_head_dim=7: 24 channels"):
         tiny(attention_head_dim=7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_train_the_same(checkpointing):
+    """Same names, same loss and gradients for two shapes, and drawing is as it was, bit for bit."""
+    from tests.test_fit import UNET
+
+    plain, compiled = UNet(UNET), UNet(UNET)
+    compiled.load_state_dict(plain.state_dict())
+    names = set(compiled.state_dict())
+    if checkpointing:
+        compiled.enable_gradient_checkpointing()
+    compiled.compile_blocks(shapes=2, backend="aot_eager")  # all of it but the C++, which takes minutes
+    assert set(compiled.state_dict()) == names
+    for shape in ((2, 4, 8, 6), (2, 4, 4, 8)):
+        xt, context = torch.randn(shape), torch.randn(2, 3, 24)
+        for unet in (plain, compiled):
+            unet.zero_grad()
+            unet(xt, torch.tensor([3, 700]), context).square().mean().backward()
+        for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(
+                q.grad, p.grad, atol=1e-5, rtol=1e-3, msg=lambda text, n=name: f"{n} {text}"
+            )
+    with torch.no_grad():
+        drawn = [unet.eval()(xt, torch.tensor([3, 700]), context) for unet in (plain, compiled)]
+    assert torch.equal(*drawn)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,14 +17,18 @@ from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import empty_model, load_model
 from ldm.config import read_config, read_json
 from ldm.noise import generator
-from ldm.objective import DENSITIES, WEIGHTS, Uncertainty, diffusion_loss, stratified_timesteps
+from ldm.objective import (
+    diffusion_loss,
+    stratified_timesteps,
+)
 from ldm.options import Defaults
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.scheduler import Scheduler
 from ldm.unet import UNet, UNetConfig
-from text_encoder.clip import CLIPTextEncoder
+from ldm.variance import LearnedVariance
 from train.config import to_mapping
 from train.data import DataConfig
+from train.denoising import Diffusion, ObjectiveConfig
 from train.latents import Latents
 from train.pictures import grid
 from train.plan import Draw, fixed_draws, normal, spread
@@ -34,55 +38,6 @@ from train.text import TextConfig, build_text_encoder, text_facts
 log = logging.getLogger(__name__)
 LEVELS = 8  # timesteps of a validation
 WITHOUT_WEIGHTS = ("sample_size", "dropout", "upcast_attention")  # of a UNet: any weights do with any value
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """What the UNet predicts, at which noise, and what each error weighs."""
-
-    prediction: Literal["v", "eps", "x0", "flow"] = "v"  # flow: rectified flow, not for stock diffusers
-    zero_terminal_snr: bool = True  # the noisiest level is pure noise; not with eps, always with flow
-    weight: str | None = None  # of the loss, by the noise level: a name in WEIGHTS; null: what suits the rest
-    timestep_density: str = "uniform"  # or logit_normal, most in the middle: a name in DENSITIES
-    timestep_shift: float = 1.0  # of the timesteps drawn; below 1: less noise, which small latents want
-    caption_dropout: float = 0.1  # of the samples get the empty prompt, which guidance needs
-    offset_noise: float = 0.0  # deviation of noise that is the same all over a channel; zero SNR does better
-    uncertainty: bool = False  # learn the mean loss of each noise level, so that all count alike (EDM2)
-    mask_weight: float = 1.0  # of an error within a figure or an opaque pixel; around them it weighs 1
-    input_perturbation: float = 0.0  # of more noise that the UNet sees and is not asked for; 0.1 in the paper
-
-    def __post_init__(self) -> None:
-        if self.prediction == "eps" and self.zero_terminal_snr:
-            raise ValueError(
-                "objective.prediction=eps with zero_terminal_snr: pure noise tells nothing, use v"
-            )
-        if self.weight is not None and self.weight not in WEIGHTS:
-            raise ValueError(f"objective.weight={self.weight!r} is not one of {', '.join(WEIGHTS)}")
-        if self.uncertainty and self.weight not in (None, "none"):
-            raise ValueError(
-                f"objective.uncertainty takes back what objective.weight={self.weight!r} does: leave it out"
-            )
-        if not 0.01 <= self.timestep_shift <= 100:
-            raise ValueError(
-                f"objective.timestep_shift={self.timestep_shift}: expected 0.01 to 100; 1 is even"
-            )
-        for name in ("offset_noise", "input_perturbation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"objective.{name}={getattr(self, name)}: expected 0, or up to 1")
-        if not 1 <= self.mask_weight <= 1000:
-            raise ValueError(f"objective.mask_weight={self.mask_weight}: expected 1 to 1000; 1 is even")
-        if self.timestep_density not in DENSITIES:
-            known = ", ".join(DENSITIES)
-            raise ValueError(f"objective.timestep_density={self.timestep_density!r} is not one of {known}")
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(
-                f"objective.caption_dropout={self.caption_dropout}: a fraction lies between 0 and 1"
-            )
-
-    @property
-    def loss_weight(self) -> str:
-        """The weight, or what suits the rest: flow and uncertainty are published without one."""
-        return self.weight or ("none" if self.prediction == "flow" or self.uncertainty else "min_snr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +51,7 @@ class DiffusionRecipe(FitConfig):
     unet: UNetConfig
     start: str | None = None  # folder of a pipeline, run or UNet whose weights to go on from; null: new ones
     gradient_checkpointing: bool = False  # of the UNet: much less memory for a third more time
+    compile: bool = False  # the UNet's blocks, by torch.compile; for CUDA: the first steps take minutes
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     prompts: tuple[str, ...] = ()  # of the pictures drawn while training; none: captions of the data
     export_dtype: Literal["float32", "float16"] = "float32"  # in which the exported weights are stored
@@ -108,10 +64,15 @@ class DiffusionRecipe(FitConfig):
                 f"unet.cross_attention_dim={self.unet.cross_attention_dim} and "
                 f"text_encoder.width={self.text_encoder.width} differ"
             )
-        if self.unet.out_channels != self.unet.in_channels:
+        if self.unet.out_channels not in (self.unet.in_channels, 2 * self.unet.in_channels):
             raise ValueError(
-                f"unet.out_channels={self.unet.out_channels} and unet.in_channels={self.unet.in_channels} "
-                "differ: no loss here trains more than the prediction"
+                f"unet.out_channels={self.unet.out_channels}: expected unet.in_channels="
+                f"{self.unet.in_channels}, or twice as many to learn the variance"
+            )
+        if self.unet.learns_variance and self.objective.prediction == "flow":
+            raise ValueError(
+                f"unet.out_channels={self.unet.out_channels} with objective.prediction=flow: its steps have "
+                f"no variance to learn, use {self.unet.in_channels}"
             )
         empty_model(UNet, self.unet)  # what does not fit is found out before hours of other stages
         if self.unet.num_class_embeds is not None:
@@ -195,7 +156,11 @@ class LatentDiffusion:
             )
         if recipe.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        self.module: nn.Module = Diffusion(self.unet, self.text_encoder, self.scheduler, recipe)
+        if recipe.compile:
+            self.unet.compile_blocks(shapes=len(self.buckets))
+        self.module: nn.Module = Diffusion(
+            self.unet, self.text_encoder, self.scheduler, recipe.objective, recipe.text_encoder.train
+        )
         self.facts: Mapping[str, Any] = {
             "data": latents.key.data,
             "autoencoder": latents.key.autoencoder,
@@ -211,9 +176,12 @@ class LatentDiffusion:
         of the draw alone, so a caption has all K chunks whatever the others of its batch fill."""
         z = self.latents.sample(draws)
         u = float(torch.rand((), dtype=torch.float64, generator=generator("t", draws[0].seed, draws[0].step)))
-        T, shift = len(self.scheduler.schedule.alpha), self.recipe.objective.timestep_shift
-        t = stratified_timesteps(draws[0].count, T, u, shift, self.recipe.objective.timestep_density)
-        shape, objective = tuple(z.shape[1:]), self.recipe.objective
+        shape, objective, count = tuple(z.shape[1:]), self.recipe.objective, draws[0].count
+        T, shift = len(self.scheduler.schedule.alpha), objective.timestep_shift
+        if objective.importance_sampling:
+            t = (u + torch.arange(count, dtype=torch.float64) / count) % 1  # quantiles, as stratified as t
+        else:
+            t = stratified_timesteps(count, T, u, shift, objective.timestep_density)
         batch = {
             "x0": self.vae.to_latents(z),
             "noise": normal(draws, shape, "noise"),
@@ -269,6 +237,7 @@ def validation_losses(
 ) -> dict[str, float]:
     """The plain loss, that at each of LEVELS timesteps and that of each bucket, one noise a sample."""
     device, T = next(pipe.unet.parameters()).device, len(pipe.scheduler.schedule.alpha)
+    unet = LearnedVariance(pipe.unet) if pipe.unet.config.learns_variance else pipe.unet
     timesteps = [int(T * (k + 0.5) / LEVELS) for k in range(LEVELS)]
     totals = torch.zeros(len(buckets), LEVELS)  # sums over the samples
     parts = [(number, draws) for number, one in enumerate(buckets) for draws in fixed_draws([one])]
@@ -279,7 +248,7 @@ def validation_losses(
         for k, t in enumerate(timesteps):
             at = torch.full((len(draws),), t, device=device)
             loss = diffusion_loss(
-                pipe.unet, pipe.scheduler.schedule, x0, context, pipe.scheduler.prediction, noise, at
+                unet, pipe.scheduler.schedule, x0, context, pipe.scheduler.prediction, noise, at
             )
             totals[number, k] += loss.sum().cpu()
     losses = (totals.sum(0) / sum(map(len, buckets))).tolist()
@@ -289,55 +258,3 @@ def validation_losses(
             if one:
                 named[f"loss_{size}"] = total.mean().item() / len(one)
     return {"loss": sum(losses) / LEVELS, **named}
-
-
-class Diffusion(nn.Module):
-    """UNet, text encoder and loss in one forward, so that wrappers which watch forward see all of it.
-
-    A frozen text encoder is called but is no part of this module, so it is not trained, averaged or saved.
-    """
-
-    def __init__(
-        self, unet: UNet, text_encoder: CLIPTextEncoder, scheduler: Scheduler, recipe: DiffusionRecipe
-    ) -> None:
-        super().__init__()
-        self.unet = unet
-        self.schedule, self.kind = scheduler.schedule, scheduler.prediction
-        self.weight = WEIGHTS[recipe.objective.loss_weight]
-        self.uncertainty = Uncertainty(len(self.schedule.alpha)) if recipe.objective.uncertainty else None
-        self.encode: Callable[[Tensor], Tensor]
-        if recipe.text_encoder.train:
-            self.text_encoder = text_encoder
-            self.encode = text_encoder.__call__
-        else:
-            self.encode = frozen(text_encoder)
-
-    def forward(
-        self,
-        x0: Tensor,
-        noise: Tensor,
-        t: Tensor,
-        tokens: Tensor,
-        perturbation: Tensor | None = None,
-        area_weight: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss (B,). x0, noise, perturbation: (B, C, h, w); area_weight: (B, 1, h, w); t: (B,) int64;
-        tokens: (B, N) int64, or (B, K, N) in chunks."""
-        context = self.encode(tokens)
-        loss = diffusion_loss(
-            self.unet, self.schedule, x0, context, self.kind, noise, t, self.weight, perturbation, area_weight
-        )
-        if self.uncertainty is None:
-            return loss, {}
-        return self.uncertainty.balance(loss, t), {"error": loss}
-
-
-def frozen(text_encoder: CLIPTextEncoder) -> Callable[[Tensor], Tensor]:
-    """The forward of an encoder that does not learn, on the device of the tokens."""
-    text_encoder.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def encode(tokens: Tensor) -> Tensor:
-        return text_encoder.to(tokens.device)(tokens)
-
-    return encode

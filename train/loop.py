@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
-from safetensors.torch import save_file
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor, nn
 
-from ldm.config import replacing
 from ldm.noise import key
 from ldm.pipeline import default_dtype
-from train.checkpoint import clean, find_checkpoint, save_checkpoint
+from train.checkpoint import find_checkpoint
 from train.command import RunFailed
 from train.config import to_mapping
 from train.ema import EMA, classic, power
@@ -30,8 +29,10 @@ from train.optim import build_optimizer, learning_rate
 from train.plan import Plan
 from train.readahead import ReadAhead
 from train.record import Record, open_run
+from train.saving import Saver, snapshot
 from train.state import FitConfig, Outcome, State, Task
 from train.stop import StopRequest
+from train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 MAX_BAD_STEPS = 10  # non-finite gradients in a row before the run gives up
@@ -49,6 +50,7 @@ def fit(task: Task, config: FitConfig) -> Outcome:
         log_with=config.tracker,
         project_dir=config.output,
     )
+    refuse_shards(accelerator.distributed_type)
     plan = Plan(
         task.buckets,
         config.batch_size,
@@ -60,6 +62,8 @@ def fit(task: Task, config: FitConfig) -> Outcome:
     with (
         open_run(Path(config.output), config, accelerator) as record,
         StopRequest(accelerator, config.max_minutes) as stop,
+        Watchdog(record.folder, config.watchdog_minutes, accelerator.process_index) as dog,
+        make_saver(task, config, record, accelerator) as saver,
     ):
         for bucket in plan.trained:
             if 0 < len(bucket) < plan.batch_size:
@@ -67,31 +71,45 @@ def fit(task: Task, config: FitConfig) -> Outcome:
                     f"a bucket has {len(bucket)} samples, less than a batch: it holds some of them twice"
                 )
         state, wrapped = prepare(task, config, accelerator)
+        dog.listen(state.module)
         resume(state, task, config, record, accelerator)
         with ReadAhead(task, plan, accelerator.process_index, state.step, workers(config)) as batches:
             while state.step < config.steps and not stop.agreed():
                 with memory_advice(plan, state, record):
                     train_step(state, wrapped, batches, plan, config, accelerator, record)
-                if due(state.step, config.save_every, config.steps):
-                    save(state, task, config, record, accelerator)
-                if config.ema_widths and due(state.step, config.snapshot_every, config.steps):
-                    snapshot(state, record, accelerator)
-                if config.validation_samples and due(state.step, config.validate_every, config.steps):
-                    validate(task, state, plan, record, accelerator)
-                if due(state.step, config.sample_every, config.steps):
-                    preview(task, state, record, accelerator)
-        if record.saved_step != state.step:
-            save(state, task, config, record, accelerator, last=True)
-        finished, exported = state.step >= config.steps, record.exported_step() == state.step
-        accelerator.wait_for_everyone()  # nobody exports before all have looked
+                dog.beat(state.step)
+                saver.settle(wait=False)
+                for do in pieces(task, state, plan, config, saver):
+                    with dog.piece(state.step):
+                        do()
+        with dog.piece(state.step):
+            saver.finish(state)
+            finished, exported = state.step >= config.steps, record.exported_step() == state.step
+            accelerator.wait_for_everyone()  # nobody exports before all have looked
         if finished and not exported:
-            export(task, state, record, accelerator)
+            with dog.piece(state.step):
+                export(task, state, record, accelerator)
         elif finished:
             record.say(f"all {state.step} steps are done and {record.model} is exported")
         else:
             again = "the same command" if config.resume == "auto" else "with --resume auto it"
             record.say(f"stopped by {stop.reason} after step {state.step}; {again} goes on from here")
     return Outcome(state.step, finished, stop.reason, record.model, record.first)
+
+
+def pieces(
+    task: Task, state: State, plan: Plan, config: FitConfig, saver: Saver
+) -> Iterator[Callable[[], None]]:
+    """What is due after a step beside training."""
+    record, accelerator = saver.record, saver.accelerator
+    if due(state.step, config.save_every, config.steps):
+        yield partial(saver.save, state)
+    if config.ema_widths and due(state.step, config.snapshot_every, config.steps):
+        yield partial(snapshot, state, record, accelerator)
+    if config.validation_samples and due(state.step, config.validate_every, config.steps):
+        yield partial(validate, task, state, plan, record, accelerator)
+    if due(state.step, config.sample_every, config.steps):
+        yield partial(preview, task, state, record, accelerator)
 
 
 def prepare(task: Task, config: FitConfig, accelerator: Accelerator) -> tuple[State, nn.Module]:
@@ -180,6 +198,15 @@ def cpu_only() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
+def refuse_shards(kind: DistributedType) -> None:
+    """Raises ValueError where ranks would hold parts of the weights: rank 0 saves them whole."""
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"accelerate is configured for {kind.value}, which cuts weights and optimizer in parts: its "
+            "checkpoints would not be whole. Use accelerate launch --multi_gpu, which copies them"
+        )
+
+
 def workers(config: FitConfig) -> int:
     """Threads that read ahead. On the CPU none.
 
@@ -265,48 +292,11 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def save(
-    state: State, task: Task, config: FitConfig, record: Record, accelerator: Accelerator, last: bool = False
-) -> None:
-    """A checkpoint of `state`, then rotation. A full disk ends the run only at its last save."""
-    record.flush()
-    saved = torch.ones(1, device=accelerator.device)
-    if accelerator.is_main_process:
-        facts_and_counts = {
-            "updates": state.updates,
-            "bad": state.bad,
-            "facts": facts(task, config),
-            "machine": machine(accelerator),
-            "config": to_mapping(config),
-        }
-        try:
-            record.last_good = save_checkpoint(
-                record.checkpoints, state.step, state.tensors(), facts_and_counts
-            )
-            clean(record.checkpoints, config.keep_last, state.step)
-        except OSError as error:
-            if last or state.step >= config.steps:
-                raise RunFailed(
-                    f"the last state could not be saved: {error}; the newest good checkpoint is "
-                    f"{record.last_good or 'none'}"
-                ) from error
-            log.warning("no checkpoint at step %d, training goes on: %s", state.step, error)
-            saved.zero_()
-    if accelerator.reduce(saved, "mean").item() == 1:  # all ranks know: a stop may try again
-        record.saved_step = state.step
-
-
-def snapshot(state: State, record: Record, accelerator: Accelerator) -> None:
-    """The power-function averages as they are now, for `rebuild_ema.py`, in float16: half a checkpoint."""
-    if accelerator.is_main_process:
-        try:
-            for name, ema in state.powers.items():
-                with replacing(record.snapshots / f"step-{state.step:08d}-{name}.safetensors") as path:
-                    half = {key: value.half().cpu().contiguous() for key, value in ema.average.items()}
-                    save_file(half, path, metadata={"updates": str(state.updates), "width": name[4:]})
-        except OSError as error:
-            log.warning("no snapshot at step %d, training goes on: %s", state.step, error)
-    accelerator.wait_for_everyone()
+def make_saver(task: Task, config: FitConfig, record: Record, accelerator: Accelerator) -> Saver:
+    """What writes checkpoints, and what they say of their run. On the CPU a thread takes cores that train."""
+    about = {"facts": facts(task, config), "machine": machine(accelerator), "config": to_mapping(config)}
+    beside = not cpu_only() if config.async_save is None else config.async_save
+    return Saver(record, accelerator, about, beside)
 
 
 def validate(task: Task, state: State, plan: Plan, record: Record, accelerator: Accelerator) -> None:

@@ -1,11 +1,12 @@
-"""AdamW and Muon, and the learning rate as a pure function of the step."""
+"""AdamW, in 32 or 8 bits, and Muon, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from importlib.util import find_spec
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ STACK = 2**24  # numbers of gradients that Muon works on at once
 class OptimConfig:
     """Optimizer and learning rate: linear warm-up, then constant, cosine or constant with a cool-down."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the kernels and matrices inside the network
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = (
+        "adamw"  # adamw8bit: bitsandbytes'; muon: inner matrices
+    )
     lr: float = 1e-4  # peak, per optimizer step
     curve: Literal["constant", "cosine", "cooldown"] = "cooldown"  # after the warm-up
     warmup_steps: int = 500  # optimizer steps, not batches
@@ -130,8 +133,11 @@ def hidden(p: nn.Parameter) -> bool:
     return p.ndim > 1 and min(p.shape[:2]) >= 32
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """The optimizer over the trained parameters of `module`; vectors (biases, norms) are not decayed."""
+def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer over the trained parameters of `module`; vectors (biases, norms) are not decayed.
+
+    Raises ValueError for adamw8bit where bitsandbytes is not installed.
+    """
     trained = [p for p in module.parameters() if p.requires_grad]
     tables = {layer.weight for layer in module.modules() if isinstance(layer, nn.Embedding)}
     muon = [p for p in trained if hidden(p) and p not in tables] if config.optimizer == "muon" else []
@@ -142,15 +148,36 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
     ]
     if muon:
         groups.append({"params": muon, "weight_decay": config.weight_decay, "momentum": config.momentum})
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.optimizer == "adamw8bit":
+        return adamw8bit(groups, **options)
     kind = Muon if muon else torch.optim.AdamW
     # fused on the CPU too: there, one pass over the weights in all threads is three times as fast as foreach
-    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return kind(groups, fused=True, **options)
+
+
+def adamw8bit(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    """AdamW that keeps its averages in 8 bits, in blocks with a scale each (Dettmers et al. 2022).
+
+    It wants weights in the order of rows, and would put them so at its first step: a run that is resumed
+    would begin with another layout, and so with other last bits. Raises ValueError without bitsandbytes.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "optim.optimizer=adamw8bit needs bitsandbytes: pip install 'ldm[8bit]', or use adamw"
+        )
+    from bitsandbytes.optim import AdamW8bit
+
+    for group in groups:
+        for p in group["params"]:
+            p.data = p.data.contiguous()
+    return cast(torch.optim.Optimizer, AdamW8bit(groups, **options))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name: {"conv.weight/exp_avg": ..., ...}."""
+    """The optimizer's state by parameter name: {"conv.weight/exp_avg": ..., ...}; whole numbers as int64."""
     return {
-        f"{name}/{key}": value
+        f"{name}/{key}": value if isinstance(value, Tensor) else torch.tensor(int(value))
         for name, p in module.named_parameters()
         for key, value in optimizer.state.get(p, {}).items()
     }
@@ -169,8 +196,11 @@ def load_optimizer_tensors(
         if name not in parameters:
             raise ValueError(f"optimizer state for {name}, which the model does not have")
         p = parameters[name]
-        if value.shape == p.shape:
+        kept: Tensor | int
+        if value.dtype == torch.int64 and not value.ndim:  # AdamW counts its steps in float32
+            kept = int(value)
+        elif value.shape == p.shape:
             kept = torch.empty_like(p, dtype=value.dtype).copy_(value)
-        else:  # the step counter: a scalar beside its parameter
+        else:  # what is not one a weight: AdamW's count of steps, tables and scales of 8 bits
             kept = value.clone().to(p.device)
         optimizer.state[p][key] = kept

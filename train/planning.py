@@ -28,6 +28,7 @@ from train.data import DataConfig, open_source
 from train.diffusion import DiffusionRecipe, LatentDiffusion
 from train.latents import Bucket, CacheKey, Latents, autoencoder_folder
 from train.loop import choose_precision, cpu_only, prepare, train_step, workers
+from train.optim import optimizer_tensors
 from train.plan import Plan
 from train.readahead import ReadAhead
 from train.state import FitConfig, State, Task
@@ -144,7 +145,7 @@ def bytes_of(state: State) -> dict[str, int]:
     return {
         "weights": size(state.module.state_dict().values()),
         "gradients": size(p for p in state.module.parameters() if p.requires_grad),
-        "optimizer": size(value for one in state.optimizer.state.values() for value in one.values()),
+        "optimizer": size(optimizer_tensors(state.optimizer, state.module).values()),
         "averages": size(averages),
     }
 

@@ -8,11 +8,12 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -124,12 +125,15 @@ class Record:
             log.warning("%s misses lines up to step %s: %s", self.metrics, lines[-1]["step"], error)
 
     def track(self, line: Mapping[str, Any]) -> None:
-        """Hand the newest line to the tracker; one that fails is left out from then on."""
+        """Hand the newest line to the tracker."""
+        values = {name: value for name, value in line.items() if name != "step"}
+        self.hand_over(lambda: self.accelerator.log(values, line["step"]))
+
+    def hand_over(self, call: Callable[[], None]) -> None:
+        """Let a tracker have something; one that fails is left out from then on."""
         if self.tracking:
             try:
-                self.accelerator.log(
-                    {name: value for name, value in line.items() if name != "step"}, line["step"]
-                )
+                call()
             except Exception as error:  # noqa: BLE001 (trackers raise what they like; training goes on)
                 self.tracking = False
                 log.warning("%s fails and is left out, metrics.jsonl goes on: %s", self.config.tracker, error)
@@ -168,8 +172,20 @@ class Record:
                 log.info(text)
 
     def picture(self, step: int, image: Image.Image) -> None:
+        """Into samples/ and to the tracker. Raises OSError when the disk refuses it."""
+        self.hand_over(lambda: self.show_picture(step, image))
         with replacing(self.samples / f"step-{step:08d}.png") as path:
             image.save(path, format="PNG")
+
+    def show_picture(self, step: int, image: Image.Image) -> None:
+        """To every tracker that takes pictures: accelerate passes each what its own library takes."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                rows = np.asarray(image.convert("RGB"))[None]  # (1, H, W, 3)
+                tracker.log_images({"samples": rows}, step, dataformats="NHWC")
+            elif hasattr(tracker, "log_images"):
+                alone = tracker.name in ("aim", "clearml")  # the others take a list
+                tracker.log_images({"samples": image if alone else [image]}, step)
 
 
 def step_of(line: str) -> float:

@@ -36,8 +36,11 @@ class FitConfig:
     workers: int | None = None  # threads that read ahead; 0: read in the loop; null: 0 on the CPU, else 1
     resume: str = "auto"  # auto: the newest intact checkpoint; none: only if there is none; or a path
     max_minutes: float | None = None  # of the process; then save and exit 75
+    watchdog_minutes: float | None = 30.0  # without progress; then all stacks and exit 76; null: never
     save_every: int = 500  # optimizer steps between checkpoints
+    async_save: bool | None = None  # write them beside the training, from a copy; null: on CUDA only
     keep_last: int = 2  # checkpoints kept
+    emergency_output: str | None = None  # folder for the last state where output is full; then --resume it
     sample_every: int = 500  # optimizer steps between pictures; 0: none
     validation_samples: int = 0  # held out of training; the loss on them says whether it learns by heart
     validate_every: int = 500  # optimizer steps between validations, by the averaged weights
@@ -72,6 +75,8 @@ class FitConfig:
             exponent(width)
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes={self.max_minutes}: expected more than 0")
+        if self.watchdog_minutes is not None and not self.watchdog_minutes > 0:
+            raise ValueError(f"watchdog_minutes={self.watchdog_minutes}: expected more than 0, or null")
         if not self.price >= 0:
             raise ValueError(f"price={self.price}: expected 0 or more an hour")
         if not self.output:
@@ -113,7 +118,7 @@ class State:
     """All that changes during a run."""
 
     module: nn.Module
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     ema: EMA
     powers: dict[str, EMA] = field(default_factory=dict)  # by the name of their file
     step: int = 0  # batches seen
