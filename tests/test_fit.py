@@ -266,6 +266,7 @@ def test_importance_sampling_resumes_bit_for_bit(tmp_path, autoencoder):
         ObjectiveConfig(importance_sampling=True, timestep_shift=2.0)
 
 
+@pytest.mark.slow
 def test_a_learned_variance_trains_resumes_and_draws(tmp_path, autoencoder):
     """Its bound falls; a run in two parts is one; DDPM draws with it, and the other solvers without."""
     options = {"unet": replace(UNET, out_channels=8), "optim": replace(OPTIM, lr=1e-2), "steps": 12}
@@ -292,7 +293,9 @@ def test_a_learned_variance_trains_resumes_and_draws(tmp_path, autoencoder):
         ObjectiveConfig(variance_weight=0)
 
 
-@pytest.mark.parametrize("objective", [ObjectiveConfig(), FLOW, BALANCED])
+@pytest.mark.parametrize(
+    "objective", [ObjectiveConfig(), *(pytest.param(one, marks=pytest.mark.slow) for one in (FLOW, BALANCED))]
+)
 def test_diffusion_learns_one_batch(tmp_path, autoencoder, objective):
     optim = replace(OPTIM, lr=1e-2)
     recipe = diffusion_recipe(tmp_path / "run", steps=60, optim=optim, objective=objective)
@@ -576,6 +579,7 @@ def test_validation_of_a_diffusion_model(tmp_path, autoencoder):
         assert task.validate([[1, 5, 7]])["loss"] < before["loss"]
 
 
+@pytest.mark.slow
 def test_the_width_of_the_average_is_chosen_afterwards(tmp_path, autoencoder):
     """A width that was tracked comes back from its last snapshot; another lies elsewhere."""
     run = tmp_path / "run"
