@@ -56,20 +56,20 @@ def train(recipe: AutoencoderRecipe, stop_after: int = 0) -> Autoencoding:
     return task
 
 
-def test_with_an_adversary_20_steps_equal_13_and_7(tmp_path):
-    """Bit for bit, discriminator and learned scale included; stopped after the adversary's start at 10."""
-    loss = ReconstructionConfig(variance=True, ms_ssim=0.5)
-    options = {"loss": loss, "adversary": ADVERSARY, "optim": replace(OPTIM, weight_decay=0.0)}
-    train(autoencoder_recipe(tmp_path / "whole", save_every=10, keep_last=9, **options))
-    train(autoencoder_recipe(tmp_path / "parts", workers=0, **options), stop_after=13)
+def test_with_an_adversary_12_steps_equal_8_and_4(tmp_path):
+    """Bit for bit, discriminator and learned scale included; stopped after the adversary's start at 6."""
+    loss, optim = ReconstructionConfig(variance=True), replace(OPTIM, weight_decay=0.0)
+    options = {"steps": 12, "loss": loss, "adversary": ADVERSARY, "optim": optim}
+    train(autoencoder_recipe(tmp_path / "whole", save_every=6, keep_last=9, **options))
+    train(autoencoder_recipe(tmp_path / "parts", workers=0, **options), stop_after=8)
     task = train(autoencoder_recipe(tmp_path / "parts", workers=1, **options))
-    assert state(tmp_path / "parts", 20) == state(tmp_path / "whole", 20)
+    assert state(tmp_path / "parts", 12) == state(tmp_path / "whole", 12)
     lines = losses(tmp_path / "whole")
     assert losses(tmp_path / "parts") == lines
 
     verdicts = [[line[name] for line in lines] for name in ("discriminator", "generator", "adaptive_weight")]
-    assert all(not any(values[:10]) and all(values[10:]) for values in verdicts)  # the gate
-    before, after = (load_checkpoint(tmp_path / f"whole/checkpoints/step-{n:08d}") for n in (10, 20))
+    assert all(not any(values[:6]) and all(values[6:]) for values in verdicts)  # the gate
+    before, after = (load_checkpoint(tmp_path / f"whole/checkpoints/step-{n:08d}") for n in (6, 12))
     new = Autoencoding(autoencoder_recipe(tmp_path / "new", **options)).module.state_dict()
     moved = {
         name
@@ -106,11 +106,12 @@ def test_an_adversary_cannot_join_a_run_that_had_none(tmp_path):
 def test_a_tiny_autoencoder_learns_four_pictures_by_heart(tmp_path):
     """Far better than their mean colours are; and what latents are shown as is nearer than these too."""
     optim = replace(OPTIM, lr=1e-2)
-    recipe = autoencoder_recipe(tmp_path / "run", steps=60, batch_size=4, optim=optim)
+    loss = ReconstructionConfig(equivariance=0.0)
+    recipe = autoencoder_recipe(tmp_path / "run", steps=60, batch_size=4, optim=optim, loss=loss)
     task = train(recipe)
     pictures = torch.stack([task.image(index) for index in range(4)])
     flat = pictures.mean((2, 3), keepdim=True).expand_as(pictures)
-    assert task.measure().psnr > decibels(F.mse_loss(flat, pictures).item()) + 5
+    assert task.measure().psnr > decibels(F.mse_loss(flat, pictures).item()) + 4
     vae, small = load_model(AutoencoderKL, tmp_path / "run/model"), F.avg_pool2d(pictures, 2)
     with torch.no_grad():
         colours = vae.to_colours(vae.to_latents(vae.encode(pictures).mean))
@@ -120,7 +121,7 @@ def test_a_tiny_autoencoder_learns_four_pictures_by_heart(tmp_path):
 
 def test_a_strong_kl_falls(tmp_path):
     strong = ReconstructionConfig(kl=10.0, equivariance=0.0)
-    train(autoencoder_recipe(tmp_path, steps=30, optim=replace(OPTIM, lr=1e-2), loss=strong))
+    train(autoencoder_recipe(tmp_path, steps=20, optim=replace(OPTIM, lr=1e-2), loss=strong))
     kl = [line["kl"] for line in losses(tmp_path)]
     assert sum(kl[-5:]) < 0.5 * sum(kl[:5])
 

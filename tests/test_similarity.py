@@ -17,23 +17,19 @@ def pictures(height: int = 12, width: int = 13) -> tuple[Tensor, Tensor]:
 
 
 def written_out(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Wang et al. 2004, eq. 13, and 9 times 10, one place of the window after another; a, b: (C, H, W)."""
+    """Wang et al. 2004, eq. 13, and 9 times 10, at each place of the window; a, b: (C, H, W)."""
     a, b = (a + 1) / 2, (b + 1) / 2  # luminances, black is 0
     gauss = [math.exp(-((k - 5) ** 2) / (2 * 1.5**2)) for k in range(11)]
     weights = torch.tensor([[x * y for x in gauss] for y in gauss], dtype=torch.float64)
     weights /= weights.sum()
-    whole, structure = [], []
-    for channel in range(a.shape[0]):
-        for y in range(a.shape[1] - 10):
-            for x in range(a.shape[2] - 10):
-                p, q = (image[channel, y : y + 11, x : x + 11] for image in (a, b))
-                m, n = (weights * p).sum(), (weights * q).sum()
-                v, w = (weights * (p - m) ** 2).sum(), (weights * (q - n) ** 2).sum()
-                c = (weights * (p - m) * (q - n)).sum()
-                c1, c2 = 0.01**2, 0.03**2
-                structure.append((2 * c + c2) / (v + w + c2))
-                whole.append((2 * m * n + c1) / (m**2 + n**2 + c1) * structure[-1])
-    return float(torch.stack(whole).mean()), float(torch.stack(structure).mean())
+    places = [image.unfold(1, 11, 1).unfold(2, 11, 1) for image in (a, b)]  # (C, H - 10, W - 10, 11, 11)
+    mean = lambda x: (weights * x).sum((-2, -1), keepdim=True)
+    p, q = places
+    m, n = mean(p), mean(q)
+    v, w, c = mean((p - m) ** 2), mean((q - n) ** 2), mean((p - m) * (q - n))
+    structure = (2 * c + 0.03**2) / (v + w + 0.03**2)
+    luminance = (2 * m * n + 0.01**2) / (m**2 + n**2 + 0.01**2)
+    return (luminance * structure).mean().item(), structure.mean().item()
 
 
 def test_ssim_is_its_formula():
