@@ -39,7 +39,12 @@ class AutoencoderKLConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    latent_rgb_factors: tuple[tuple[float, ...], ...] | None = (
+        None  # (C, 3): latents to colours, for previews
+    )
+    latent_rgb_bias: tuple[float, ...] | None = None  # (3,); not keys of diffusers, which keeps them unread
 
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"latent_rgb_factors", "latent_rgb_bias"})
     NEUTRAL: ClassVar[dict[str, object]] = {"latents_mean": None, "latents_std": None}
 
     def __post_init__(self) -> None:
@@ -70,6 +75,11 @@ class AutoencoderKLConfig:
             raise ValueError(f"act_fn={self.act_fn!r}: this autoencoder knows silu")
         if not self.scaling_factor > 0:
             raise ValueError(f"scaling_factor={self.scaling_factor}: expected 1/std of the latents, above 0")
+        factors, bias = self.latent_rgb_factors, self.latent_rgb_bias
+        if factors is not None and [len(row) for row in factors] != [3] * self.latent_channels:
+            raise ValueError(f"latent_rgb_factors={factors}: expected 3 numbers for each latent channel")
+        if (bias is None) != (factors is None) or len(bias or (0, 0, 0)) != 3:
+            raise ValueError(f"latent_rgb_bias={bias}: expected 3 numbers, with latent_rgb_factors only")
 
 
 @dataclass(frozen=True)
@@ -283,6 +293,17 @@ class AutoencoderKL(nn.Module):
             )
         z = latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
         return self.decoder(self.post_quant_conv(z.to(self.dtype))).to(latents.dtype)
+
+    def to_colours(self, latents: Tensor) -> Tensor:
+        """A quick look at latents: (B, C, h, w) to (B, 3, h, w) in about [-1, 1], a linear map of each place.
+
+        Raises ValueError if the config has no latent_rgb_factors, which train_autoencoder.py measures.
+        """
+        if self.config.latent_rgb_factors is None:
+            raise ValueError("this autoencoder has no latent_rgb_factors: decode instead")
+        factors = latents.new_tensor(self.config.latent_rgb_factors)  # (C, 3)
+        bias = latents.new_tensor(self.config.latent_rgb_bias)
+        return torch.einsum("bchw,cr->brhw", latents, factors) + bias.view(3, 1, 1)
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade a third more compute in training for activations of one resnet at a time."""

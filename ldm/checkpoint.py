@@ -46,7 +46,14 @@ def config_json(model: Any, stock_class: str | None = None) -> dict[str, Any]:
     """The config.json of a model, as the stock class of diffusers or transformers reads it."""
     stock_class = stock_class or model.stock_class
     neutral = {key: value for key, value in getattr(model.config, "NEUTRAL", {}).items() if key[0] != "_"}
-    values = neutral | dataclasses.asdict(model.config)
+    optional: frozenset[str] = getattr(
+        model.config, "OPTIONAL", frozenset()
+    )  # ours: not written where they say nothing
+    values = neutral | {
+        key: value
+        for key, value in dataclasses.asdict(model.config).items()
+        if key not in optional or value is not None
+    }
     if stock_class.startswith("CLIPText"):
         dtype = str(next(iter(model.parameters())).dtype).removeprefix("torch.")
         return {"architectures": [stock_class], "model_type": "clip_text_model", "dtype": dtype} | values

@@ -9,6 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 from autoencoder.layers import OLD_ATTENTION_NAMES
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig, Posterior
+from ldm.checkpoint import load_model, save_model
 from ldm.config import read_config
 
 TINY = {
@@ -191,6 +192,8 @@ def test_bfloat16_weights_answer_in_float32():
         ({"block_out_channels": (8, 18, 16)}, "18 is not a multiple of norm_num_groups=4"),
         ({"act_fn": "relu"}, "act_fn='relu'"),
         ({"scaling_factor": 0.0}, "scaling_factor=0.0"),
+        ({"latent_rgb_factors": ((1.0, 1.0, 1.0),)}, "expected 3 numbers for each latent channel"),
+        ({"latent_rgb_bias": (1.0, 1.0, 1.0)}, "with latent_rgb_factors only"),
     ],
 )
 def test_config_errors(changes, message):
@@ -204,3 +207,21 @@ def test_input_errors():
         vae.encode(torch.zeros(1, 3, 8, 13))
     with pytest.raises(ValueError, match="C = 3 channels"):
         vae.decode(torch.zeros(1, 4, 2, 2))
+
+
+def test_colours_are_linear_in_latents_and_stock_diffusers_reads_the_folder(tmp_path):
+    from diffusers import AutoencoderKL as Reference
+
+    rows, bias = ((1.0, 2.0, 3.0), (0.0, -1.0, 0.5), (0.25, 0.0, 0.0)), (0.1, 0.2, 0.3)
+    vae, latents = tiny(latent_rgb_factors=rows, latent_rgb_bias=bias), torch.randn(2, 3, 4, 5)
+    expected = latents[1, :, 2, 3] @ torch.tensor(rows) + torch.tensor(bias)
+    torch.testing.assert_close(vae.to_colours(latents)[1, :, 2, 3], expected)
+    save_model(vae, tmp_path / "ours")
+    stock = Reference.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(stock.decode(latents / 0.7).sample, vae.decode(latents), rtol=1e-4, atol=1e-5)
+    stock.save_pretrained(tmp_path / "again")  # a key that it does not know, and keeps
+    assert load_model(AutoencoderKL, tmp_path / "again").config == vae.config
+    save_model(tiny(), tmp_path / "plain")
+    assert "latent_rgb" not in (tmp_path / "plain/config.json").read_text()
+    with pytest.raises(ValueError, match="no latent_rgb_factors"):
+        tiny().to_colours(latents)

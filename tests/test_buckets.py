@@ -217,7 +217,7 @@ def test_an_autoencoder_sees_every_view(folder, tmp_path):
     task = Autoencoding(recipe)
     draws = [draw for draw in Plan(task.buckets, 400, 0).batch(0) if draw.index == 0]
     seen = {image.numpy().tobytes() for image in task.batch(draws)["image"]}
-    image = task.source[0][0]
+    image = task.squares.source[0][0]
     wanted = {
         to_tensor(frame(image, Size(32, 32), view)).numpy().tobytes() for view in views(0, 2, flip=True)
     }

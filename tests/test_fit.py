@@ -617,7 +617,9 @@ def test_validation_of_an_autoencoder(tmp_path):
         values = task.validate([range(8)])
         pictures = torch.stack([task.image(index) for index in range(8)])
         error = (task.reconstruct(pictures).clamp(-1, 1) - pictures).square().mean().item()
-    assert values.keys() == {"loss", "l1", "mse", "gradient", "kl", "psnr"}
+    terms = {"loss", "l1", "mse", "gradient", "kl", "equivariance", "latent_std", "psnr", "ssim"}
+    channels = {f"{name}_c{channel}" for name in ("std", "noise") for channel in range(4)}
+    assert values.keys() == terms | channels
     assert values["psnr"] == pytest.approx(10 * math.log10(4 / error), abs=1e-3)
 
 

@@ -65,11 +65,16 @@ def rebuild(snapshots: Sequence[tuple[int, float]], width: float, t: int) -> lis
 
 
 class EMA:
-    """Average of the trained parameters of `module`."""
+    """Average of the trained parameters of `module`, less those under the names in module.NOT_AVERAGED."""
 
     def __init__(self, module: nn.Module, decay: Decay) -> None:
         self.decay = decay
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        left_out = getattr(module, "NOT_AVERAGED", ())  # what only helps to train, such as an adversary
+        self.parameters = {
+            name: p
+            for name, p in module.named_parameters()
+            if p.requires_grad and name.split(".")[0] not in left_out
+        }
         self.average = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()

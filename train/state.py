@@ -134,6 +134,12 @@ class State:
         }
 
     def load(self, checkpoint: Checkpoint) -> None:
+        differ = sorted(self.module.state_dict().keys() ^ checkpoint.tensors["model"].keys())
+        if differ:
+            raise ValueError(
+                f"{checkpoint.path} is of a module with other parts: {len(differ)} tensors are in one "
+                f"of both only, the first is {differ[0]}; set the recipe back or choose another output"
+            )
         self.module.load_state_dict(checkpoint.tensors["model"])
         self.ema.load_state_dict(checkpoint.tensors["ema"])
         for name, ema in self.powers.items():

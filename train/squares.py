@@ -1,0 +1,45 @@
+"""The pictures of a source as squares, whatever their shape: what the autoencoder learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from train.buckets import Size, View, frame
+from train.data import DataConfig, Source, open_source
+from train.pictures import tell_rejected, to_tensor
+
+
+class Squares:
+    """Pictures by index, each data.size x data.size."""
+
+    def __init__(self, data: DataConfig) -> None:
+        self.data = data
+        self.source: Source = open_source(data)
+        self.unreadable: dict[int, str] = {}  # pictures, as they are met
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def image(self, index: int, view: View = View()) -> Tensor:  # noqa: B008 (a constant)
+        """One picture: (3, H, W) in [-1, 1]. The next one if it cannot be decoded.
+
+        Raises ValueError if too many cannot.
+        """
+        size = Size(self.data.size, self.data.size)
+        while True:
+            if index not in self.unreadable:
+                try:
+                    return to_tensor(frame(self.source[index][0], size, view))
+                except ValueError as error:
+                    self.unreadable[index] = str(error)
+                    named = {f"picture {one}": why for one, why in self.unreadable.items()}
+                    tell_rejected(self.data.source, named, len(self), self.data.max_bad_fraction)
+            index = (index + 1) % len(self)
+
+    def batches(self, indices: Sequence[int], size: int = 64) -> Iterator[Tensor]:
+        """The pictures of some indices in order: (B, 3, H, W), B at most `size`."""
+        for start in range(0, len(indices), size):
+            yield torch.stack([self.image(index) for index in indices[start : start + size]])
