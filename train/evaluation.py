@@ -25,12 +25,13 @@ from ldm.checkpoint import model_hash
 from ldm.config import read_json, replacing, write_json
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.stock import MODELS
-from train.autoencoding import AutoencoderRecipe, decibels
+from train.autoencoding import AutoencoderRecipe
 from train.buckets import Size, View, frame
 from train.config import is_recipe, read_recipe, to_mapping
 from train.data import STYLES, DataConfig, Source, open_source
 from train.diffusion import DiffusionRecipe, validation_losses
 from train.encoding import compute_latents
+from train.fidelity import decibels
 from train.judge import SEED_TEST, Verdict, judge_scenes
 from train.latents import Latents
 from train.loop import cpu_only
