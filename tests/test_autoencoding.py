@@ -115,7 +115,7 @@ def test_a_tiny_autoencoder_learns_four_pictures_by_heart(tmp_path):
     vae, small = load_model(AutoencoderKL, tmp_path / "run/model"), F.avg_pool2d(pictures, 2)
     with torch.no_grad():
         colours = vae.to_colours(vae.to_latents(vae.encode(pictures).mean))
-    assert F.mse_loss(colours, small) < 0.5 * small.var((0, 2, 3)).mean()
+    assert F.mse_loss(colours, small) < 0.75 * small.var((0, 2, 3)).mean()
     Autoencoding(replace(recipe, start=str(tmp_path / "run"), output=str(tmp_path / "more")))
 
 
