@@ -29,6 +29,7 @@ from torch import Tensor
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.checkpoint import save_model
 from ldm.unet import UNetConfig
+from train.captions import every
 from train.data import DataConfig, open_source
 from train.denoising import ObjectiveConfig
 from train.diffusion import DiffusionRecipe, LatentDiffusion
@@ -93,9 +94,9 @@ class Pictures:
 
     def __init__(self, vae: AutoencoderKL, pixels: int) -> None:
         source = open_source(DataConfig(size=pixels, length=PICTURES))
-        every = [source[index] for index in range(PICTURES)]
-        self.image = torch.stack([to_tensor(image) for image, _ in every])
-        self.captions = {index: captions for index, (_, captions) in enumerate(every)}
+        pairs = [source[index] for index in range(PICTURES)]
+        self.image = torch.stack([to_tensor(image) for image, _ in pairs])
+        self.captions = {index: every(captions) for index, (_, captions) in enumerate(pairs)}
         with torch.no_grad():
             posterior = vae.encode(self.image)
         self.mean, self.std = posterior.mean, posterior.std

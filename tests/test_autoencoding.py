@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 from autoencoder.discriminator import AdversaryConfig
 from autoencoder.loss import ReconstructionConfig
 from autoencoder.similarity import ssim
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import load_model, save_model
-from tests.test_fit import OPTIM, VAE, losses, state
+from tests.test_fit import OPTIM, VAE, losses, state, stop_at
 from tests.test_perceptual import weights  # noqa: F401 (a fixture)
 from train import evaluate_autoencoder
 from train.autoencoding import AutoencoderRecipe, Autoencoding
@@ -30,7 +27,7 @@ from train.checkpoint import load_checkpoint
 from train.data import DataConfig
 from train.fidelity import decibels, judge
 from train.loop import fit
-from train.plan import Draw, Plan
+from train.plan import Plan
 
 ADVERSARY = AdversaryConfig(weight=0.5, start=0.5, width=8, layers=2)
 
@@ -44,14 +41,7 @@ def autoencoder_recipe(output: Path, **options: Any) -> AutoencoderRecipe:
 
 def train(recipe: AutoencoderRecipe, stop_after: int = 0) -> Autoencoding:
     task = Autoencoding(recipe)
-    plain = task.batch
-
-    def batch(draws: list[Draw]) -> dict[str, Tensor]:
-        if draws[0].step + 1 == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(draws)
-
-    task.batch = batch  # type: ignore[method-assign]
+    stop_at(task, stop_after)
     assert fit(task, recipe).step == (stop_after or recipe.steps)
     return task
 

@@ -156,16 +156,21 @@ def autoencoder(tmp_path: Path) -> Path:
     return tmp_path / "autoencoder"
 
 
-def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, stop_after: int = 0) -> LatentDiffusion:
-    task = LatentDiffusion(recipe, autoencoder, latents())
+def stop_at(task: Any, step: int) -> None:
+    """SIGTERM comes while the batch of this step, counted from 1, is made; 0: never."""
     plain = task.batch
 
     def batch(draws: list[Draw]) -> dict[str, Tensor]:
-        if draws[0].step + 1 == stop_after:
+        if draws[0].step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(draws)
 
-    task.batch = batch  # type: ignore[method-assign]
+    task.batch = batch
+
+
+def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, stop_after: int = 0) -> LatentDiffusion:
+    task = LatentDiffusion(recipe, autoencoder, latents())
+    stop_at(task, stop_after)
     outcome = fit(task, recipe)
     assert outcome.step == (stop_after or recipe.steps)
     assert outcome.exit_code == (75 if stop_after else 0)
@@ -203,14 +208,7 @@ def test_buckets_train_resume_and_validate(tmp_path, autoencoder):
     def train(name: str, stop_after: int = 0) -> LatentDiffusion:
         recipe = diffusion_recipe(tmp_path / name, steps=20, validation_samples=3, validate_every=10)
         task = LatentDiffusion(recipe, autoencoder, bucketed())
-        seen = task.batch
-
-        def batch(draws: list[Draw]) -> dict[str, Tensor]:
-            if draws[0].step + 1 == stop_after:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return seen(draws)
-
-        task.batch = batch
+        stop_at(task, stop_after)
         fit(task, recipe)
         return task
 
@@ -245,14 +243,7 @@ def test_importance_sampling_resumes_bit_for_bit(tmp_path, autoencoder):
         task = LatentDiffusion(recipe, autoencoder, latents())
         task.module.history.counts.fill_(10)  # as if many steps had been; what a checkpoint holds comes later
         task.module.history.losses[:-1] = torch.linspace(3, 1, 1000)[:, None]
-        seen = task.batch
-
-        def batch(draws: list[Draw]) -> dict[str, Tensor]:
-            if draws[0].step + 1 == stop_after:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return seen(draws)
-
-        task.batch = batch
+        stop_at(task, stop_after)
         fit(task, recipe)
 
     train("whole")

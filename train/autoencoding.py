@@ -23,9 +23,8 @@ from train.buckets import View, views
 from train.config import to_mapping
 from train.data import DataConfig
 from train.features import digest, perceptual_distance
-from train.fidelity import Fidelity, judge, reconstruct
+from train.fidelity import Fidelity, before_and_after, judge, reconstruct
 from train.latents import autoencoder_folder
-from train.pictures import grid, to_images
 from train.plan import Draw, choose, fixed_draws, normal, spread, uniform
 from train.reconstruction import Reconstruction
 from train.squares import Squares
@@ -171,7 +170,7 @@ class Autoencoding:
         totals: dict[str, float] = {}
         count = sum(map(len, buckets))
         for draws in fixed_draws(buckets):
-            image = torch.stack([self.image(draw.index) for draw in draws])
+            image = self.squares.stack([draw.index for draw in draws])
             batch = {name: value.to(self.device) for name, value in self.seen(draws, image).items()}
             loss, parts = self.module(**batch)
             for name, value in {"loss": loss, **parts}.items():
@@ -184,8 +183,7 @@ class Autoencoding:
 
     def preview(self) -> Image.Image:
         """Eight pictures and, below each, what the autoencoder makes of it."""
-        image = torch.stack([self.image(index) for index in spread(self.length, 8)])
-        return grid(to_images(torch.cat([image, self.reconstruct(image)])), columns=len(image))
+        return before_and_after(self.vae, self.squares.stack(spread(self.length, 8)))
 
     def reconstruct(self, image: Tensor) -> Tensor:
         return reconstruct(self.vae, image)

@@ -117,8 +117,8 @@ class Diffusion(nn.Module):
         area_weight: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss (B,). x0, noise, perturbation: (B, C, h, w); area_weight: (B, 1, h, w); t: (B,) int64, or
-        float64 quantiles where importance chooses; tokens: (B, N) int64, or (B, K, N) in
-        chunks."""
+        float64 quantiles where importance chooses; tokens: (B, N) int64, or (B, K, N) in chunks.
+        """
         importance = None
         if self.history is not None:
             t, importance = self.history.choose(t)

@@ -17,10 +17,7 @@ from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import empty_model, load_model
 from ldm.config import read_config, read_json
 from ldm.noise import generator
-from ldm.objective import (
-    diffusion_loss,
-    stratified_timesteps,
-)
+from ldm.objective import diffusion_loss, stratified_timesteps
 from ldm.options import Defaults
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.scheduler import Scheduler

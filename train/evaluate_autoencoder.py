@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fidelity = judge(vae.to(device), squares.batches(chosen), distance)
     print(tables(fidelity, len(chosen), size))
     with torch.no_grad():
-        shown = torch.stack([squares.image(index) for index in chosen[: 2 * COLUMNS]])
+        shown = squares.stack(chosen[: 2 * COLUMNS])
         drawn = prior_samples(vae.cpu(), size, recipe.prior, recipe.seed) if recipe.prior else shown[:0]
         page = sheet(vae, shown, drawn)
     save_picture(page, output, overwrite=recipe.overwrite)

@@ -18,27 +18,27 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from PIL import Image
-from torch import Tensor
 
 from ldm.checkpoint import model_hash
 from ldm.config import read_json, replacing, write_json
+from ldm.picture import save_picture
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.stock import MODELS
 from train.autoencoding import AutoencoderRecipe
-from train.buckets import Size, View, frame
 from train.config import is_recipe, read_recipe, to_mapping
-from train.data import STYLES, DataConfig, Source, open_source
+from train.data import STYLES, DataConfig, open_source
 from train.diffusion import DiffusionRecipe, validation_losses
 from train.encoding import compute_latents
-from train.fidelity import decibels
+from train.fidelity import before_and_after
+from train.fidelity import judge as fidelity_of
 from train.judge import SEED_TEST, Verdict, judge_scenes
 from train.latents import Latents
 from train.loop import cpu_only
-from train.pictures import grid, to_images, to_tensor
+from train.pictures import grid
 from train.plan import hold_out, spread
 from train.record import minutes
 from train.scenes import SceneSource, Split
+from train.squares import Squares
 from train.stages import Passed, autoencoder_of, cache_of
 
 log = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ class EvaluationConfig:
 class Figures(NamedTuple):
     """What was measured, and on what."""
 
-    psnr: float  # of the autoencoder, in dB
-    psnr_on: str
+    fidelity: Mapping[str, float]  # of the autoencoder: psnr in dB, ssim where pictures are large enough
+    fidelity_on: str
     losses: Mapping[str, float]  # of the UNet, by the names of validation_losses
     losses_on: str
     prompts: Sequence[str]  # of prompts.png
@@ -91,6 +91,7 @@ def evaluate(
         "evaluation": to_mapping(config),
         "data": to_mapping(recipe.data),
         "prompts": list(recipe.prompts),
+        "figures": list(Figures._fields),
     }
     path = folder / "figures.json"
     done = path.exists() and report.exists() and read_json(path).get("of") == asked
@@ -125,9 +126,10 @@ def measure(
     folder: Path,
 ) -> Figures:
     """The figures, and the pictures of the report in `folder`. sample: of the latents, for the UNet."""
-    source, seen = autoencoder_sample(recipe, config)
-    psnr, pairs = reconstruct(pipe, source, seen.indices, recipe.data.size)
-    save_picture(grid(pairs, columns=len(pairs) // 2), folder / "reconstruction.png")
+    squares, seen = autoencoder_sample(recipe, config)
+    fidelity = fidelity_of(pipe.vae, squares.batches(seen.indices))
+    shown = squares.stack(seen.indices[:SHOWN])
+    save_picture(before_and_after(pipe.vae, shown), folder / "reconstruction.png", overwrite=True)
     chosen = set(sample.indices)
     buckets = [[index for index in bucket.indices if index in chosen] for bucket in latents.buckets]
     losses = validation_losses(pipe, latents, buckets)
@@ -135,14 +137,15 @@ def measure(
     prompts = list(recipe.prompts) or [captions[place] for place in spread(len(captions), SHOWN)]
     size = recipe.data.size
     images = pipe(prompts, height=size, width=size, seed=0, return_dict=False)[0]
-    save_picture(grid(images, columns=min(len(images), SHOWN)), folder / "prompts.png")
+    save_picture(grid(images, columns=min(len(images), SHOWN)), folder / "prompts.png", overwrite=True)
     verdict = ""
     scenes = recipe.data.source in STYLES and unseen_data(recipe.data, 1).split == "held_out"
     if scenes and config.captions:
         judged = judge(pipe, recipe.data, config, folder)
-        save_picture(grid(judged.pictures[:64], columns=16), folder / "judged.png")
+        save_picture(grid(judged.pictures[:64], columns=16), folder / "judged.png", overwrite=True)
         verdict = str(judged)
-    return Figures(psnr, seen.what, losses, sample.what, prompts, verdict)
+    near = {name: value for name, value in fidelity.numbers().items() if name in ("psnr", "ssim")}
+    return Figures(near, seen.what, losses, sample.what, prompts, verdict)
 
 
 def unseen_data(data: DataConfig, count: int) -> DataConfig:
@@ -167,17 +170,17 @@ def unseen_latents(recipe: DiffusionRecipe, config: EvaluationConfig, folder: Pa
     return latents, choose(sorted(latents.captions), recipe.validation_samples, config.pictures)
 
 
-def autoencoder_sample(recipe: DiffusionRecipe, config: EvaluationConfig) -> tuple[Source, Sample]:
+def autoencoder_sample(recipe: DiffusionRecipe, config: EvaluationConfig) -> tuple[Squares, Sample]:
     """The pictures on which the autoencoder's error is measured."""
     if recipe.data.source in STYLES:
         other = unseen_data(recipe.data, config.pictures)
-        return open_source(other), Sample(list(range(config.pictures)), describe(recipe.data, other))
-    source = open_source(recipe.data)
+        return Squares(other), Sample(list(range(config.pictures)), describe(recipe.data, other))
+    squares = Squares(recipe.data)
     if not is_recipe(recipe.autoencoder):
-        indices = spread(len(source), config.pictures)
-        return source, Sample(indices, f"{len(indices)} pictures of the data; it was trained before")
+        indices = spread(len(squares), config.pictures)
+        return squares, Sample(indices, f"{len(indices)} pictures of the data; it was trained before")
     held_out = read_recipe(AutoencoderRecipe, recipe.autoencoder).validation_samples
-    return source, choose(range(len(source)), held_out, config.pictures)
+    return squares, choose(range(len(squares)), held_out, config.pictures)
 
 
 def describe(data: DataConfig, other: DataConfig) -> str:
@@ -194,30 +197,6 @@ def choose(members: Sequence[int], held_out: int, count: int) -> Sample:
     return Sample(indices, f"{len(indices)} pictures {seen}")
 
 
-def reconstruct(
-    pipe: LatentDiffusionPipeline, source: Source, indices: Sequence[int], size: int
-) -> tuple[float, list[Image.Image]]:
-    """PSNR in dB through the mean of the posterior, and the first pictures with, below, what became of them.
-
-    Pictures become squares of `size` pixels; those that cannot be decoded are left out.
-    """
-    vae, device, total, count = pipe.vae, pipe.device, 0.0, 0
-    first: list[tuple[Tensor, Tensor]] = []
-    for index in indices:
-        try:
-            image = to_tensor(frame(source[index][0], Size(size, size), View()))[None]
-        except ValueError as error:
-            log.warning("left out of the evaluation: %s", error)
-            continue
-        decoded = vae.decode(vae.to_latents(vae.encode(image.to(device)).mean)).cpu().clamp(-1, 1)
-        total, count = total + (decoded - image).square().mean().item(), count + 1
-        if len(first) < SHOWN:
-            first.append((image, decoded))
-    if not count:
-        raise ValueError("none of the pictures chosen for the evaluation can be decoded")
-    return decibels(total / count), to_images(torch.cat([torch.cat(row) for row in zip(*first, strict=True)]))
-
-
 def judge(pipe: LatentDiffusionPipeline, data: DataConfig, config: EvaluationConfig, folder: Path) -> Verdict:
     """The judge of scenes on what the pipeline draws."""
 
@@ -228,13 +207,8 @@ def judge(pipe: LatentDiffusionPipeline, data: DataConfig, config: EvaluationCon
     return judge_scenes(pipe, book, folder, captions=captions, scenes=scenes, tested=tested)
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
-
-
 def summary(figures: Figures) -> str:
-    return f"PSNR {figures.psnr:.2f} dB, loss {figures.losses['loss']:.4f}"
+    return f"PSNR {figures.fidelity['psnr']:.2f} dB, loss {figures.losses['loss']:.4f}"
 
 
 def markdown(name: str, stages: Sequence[Passed], figures: Figures) -> str:
@@ -251,12 +225,14 @@ def markdown(name: str, stages: Sequence[Passed], figures: Figures) -> str:
         for key, loss in figures.losses.items()
         if key not in ("loss", *(f"loss_t{level}" for level in by_level))
     }
+    names = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}"}
+    near = ", ".join(names[name].format(value) for name, value in figures.fidelity.items())
     prompts = "\n".join(f"{number}. {prompt}" for number, prompt in enumerate(figures.prompts, 1))
     parts = [
         f"# {name}",
         "| stage | made | time in all |\n|---|---|---|\n" + "\n".join(rows),
         "## Figures",
-        f"Autoencoder, on {figures.psnr_on}: PSNR {figures.psnr:.2f} dB.",
+        f"Autoencoder, on {figures.fidelity_on}: {near}.",
         "![pictures, and below what the autoencoder makes of them](evaluation/reconstruction.png)",
         f"UNet, on {figures.losses_on}: mean squared error {figures.losses['loss']:.4f} of what it predicts, "
         "without weights, with one fixed noise a picture; by timestep, 0 being the cleanest:",

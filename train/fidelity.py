@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from autoencoder.similarity import WINDOW, ssim
 from autoencoder.vae import AutoencoderKL
+from train.pictures import grid, to_images
 
 Rows = tuple[tuple[float, ...], ...]
 
@@ -48,6 +50,11 @@ def reconstruct(vae: AutoencoderKL, image: Tensor) -> Tensor:
     """Through the mean of the posterior: (B, 3, H, W), on the CPU."""
     posterior = vae.encode(image.to(device_of(vae)))
     return vae.decode(vae.to_latents(posterior.mean)).float().cpu()
+
+
+def before_and_after(vae: AutoencoderKL, image: Tensor) -> Image.Image:
+    """Pictures (B, 3, H, W) in a row and, below each, what the autoencoder makes of it."""
+    return grid(to_images(torch.cat([image, reconstruct(vae, image)])), columns=len(image))
 
 
 def device_of(vae: AutoencoderKL) -> torch.device:

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.config import read_json, replacing, write_json
+from ldm.picture import save_picture
 from train.config import to_yaml
 
 log = logging.getLogger(__name__)
@@ -174,8 +175,7 @@ class Record:
     def picture(self, step: int, image: Image.Image) -> None:
         """Into samples/ and to the tracker. Raises OSError when the disk refuses it."""
         self.hand_over(lambda: self.show_picture(step, image))
-        with replacing(self.samples / f"step-{step:08d}.png") as path:
-            image.save(path, format="PNG")
+        save_picture(image, self.samples / f"step-{step:08d}.png", overwrite=True)
 
     def show_picture(self, step: int, image: Image.Image) -> None:
         """To every tracker that takes pictures: accelerate passes each what its own library takes."""

@@ -39,7 +39,12 @@ class Squares:
                     tell_rejected(self.data.source, named, len(self), self.data.max_bad_fraction)
             index = (index + 1) % len(self)
 
-    def batches(self, indices: Sequence[int], size: int = 64) -> Iterator[Tensor]:
-        """The pictures of some indices in order: (B, 3, H, W), B at most `size`."""
+    def stack(self, indices: Sequence[int]) -> Tensor:
+        """The pictures of some indices in order: (B, 3, H, W)."""
+        return torch.stack([self.image(index) for index in indices])
+
+    def batches(self, indices: Sequence[int]) -> Iterator[Tensor]:
+        """The same in batches of about a million pixels, at most 64 pictures."""
+        size = max(1, min(64, 2**20 // self.data.size**2))
         for start in range(0, len(indices), size):
-            yield torch.stack([self.image(index) for index in indices[start : start + size]])
+            yield self.stack(indices[start : start + size])
