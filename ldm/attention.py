@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.layers import AttentionBlock, scaled_dot_product, to_image, to_tokens
+from ldm.context import Context, of_text, repeated
 
 Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # (q, k, v, heads) -> (B, N, heads * D)
 
@@ -87,7 +88,10 @@ def _why_not_xformers(device: torch.device) -> str:
 
 
 class CrossAttention(nn.Module):
-    """x (B, N, C) looks at context (B, M, context_channels): (B, N, C)."""
+    """x (B, N, C) looks at context (k * B, M, context_channels): (k * B, N, C).
+
+    k is 1 but in guidance, where every x asks with k texts: (text 1 of each x, then text 2 of each).
+    """
 
     def __init__(self, channels: int, context_channels: int, *, heads: int) -> None:
         super().__init__()
@@ -98,13 +102,14 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_channels, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def keys_values(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, M, C) each. Depends on the text alone, so it is the same in every step of a sampling run."""
-        return self.to_k(context), self.to_v(context)
+    def keys_values(self, x: Tensor, context: Tensor | Context) -> tuple[Tensor, Tensor]:
+        """(k * B, M, C) each. They depend on the text alone: a run's Context has them made once."""
+        return of_text(context, self, lambda text: (self.to_k(text), self.to_v(text)))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Context) -> Tensor:
         k, v = self.keys_values(x, context)
-        return self.to_out[0](attention(self.to_q(x), k, v, self.heads, self.backend))
+        q = repeated(self.to_q(x), like=k)
+        return self.to_out[0](attention(q, k, v, self.heads, self.backend))
 
 
 class SelfAttention(CrossAttention):
@@ -113,7 +118,7 @@ class SelfAttention(CrossAttention):
     def __init__(self, channels: int, *, heads: int) -> None:
         super().__init__(channels, channels, heads=heads)
 
-    def keys_values(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x: Tensor, context: Tensor | Context) -> tuple[Tensor, Tensor]:
         return self.to_k(x), self.to_v(x)
 
 
@@ -145,7 +150,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """(B, N, C) -> (B, N, C): attention among the latents, attention to the text, feed-forward."""
+    """(B, N, C) -> (k * B, N, C): attention among the latents, attention to the text, feed-forward."""
 
     def __init__(
         self, channels: int, context_channels: int, *, heads: int, only_cross_attention: bool
@@ -162,14 +167,17 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x), context)
-        x = x + self.attn2(self.norm2(x), context)
+    def forward(self, x: Tensor, context: Tensor | Context) -> Tensor:
+        for norm, attend in ((self.norm1, self.attn1), (self.norm2, self.attn2)):
+            seen = attend(norm(x), context)
+            x = repeated(x, like=seen) + seen
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """(B, C, h, w) and context (B, M, context_channels) -> (B, C, h, w) (Rombach et al. 2022, app. E.2.1)."""
+    """(B, C, h, w) and context (k * B, M, context_channels) -> (k * B, C, h, w): Rombach et al. 2022, app.
+    E.2.1. See CrossAttention for k.
+    """
 
     def __init__(
         self,
@@ -203,11 +211,11 @@ class SpatialTransformer(nn.Module):
         """(B, h * w, C) -> (B, C, h, w)"""
         return to_image(self.proj_out(tokens), like)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Context) -> Tensor:
         tokens = self.enter(self.norm(x))
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        return x + self.leave(tokens, like=x)  # x first: the sum takes its memory layout
+        return repeated(x, tokens) + self.leave(tokens, like=x)  # x first: the sum takes its memory layout
 
 
 class ConvSpatialTransformer(SpatialTransformer):
@@ -231,7 +239,7 @@ class SelfAttentionBlock(AttentionBlock):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, self.heads, self.backend)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Context | None = None) -> Tensor:
         """context: not used; the transformer that takes this layer's place needs it."""
         return super().forward(x)
 
@@ -239,5 +247,5 @@ class SelfAttentionBlock(AttentionBlock):
 class NoAttention(nn.Module):
     """x, as it is: the attention of a level that has none."""
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Context | None = None) -> Tensor:
         return x

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.layers import ResnetBlock, scaled_dot_product
+from ldm.context import Context, of_text, repeated
 
 
 def timestep_embedding(t: Tensor, channels: int, *, cos_first: bool, freq_shift: float) -> Tensor:
@@ -41,14 +42,14 @@ class TimeEmbedding(nn.Module):
 
 
 class ClassEmbedding(nn.Embedding):
-    """temb (B, E) plus a learned vector of each sample's class."""
+    """temb (B, E) plus a learned vector of each class of class_labels: (B,), or a multiple."""
 
     def forward(self, temb: Tensor, class_labels: Tensor | None) -> Tensor:  # type: ignore[override]
         if class_labels is None:
             raise ValueError(
                 f"this UNet is conditioned on {self.num_embeddings} classes: pass class_labels, (B,) int64"
             )
-        return temb + super().forward(class_labels)
+        return repeated(temb, like=class_labels) + super().forward(class_labels)
 
 
 class NoClasses(nn.Module):
@@ -88,14 +89,15 @@ class PooledText(nn.Module):
         self.proj = nn.Linear(context_channels, channels)
         self.norm2 = nn.LayerNorm(channels)
 
-    def forward(self, temb: Tensor, context: Tensor) -> Tensor:
-        return temb + self.norm2(self.proj(self.pool(self.norm1(context))))
+    def forward(self, temb: Tensor, context: Tensor | Context) -> Tensor:
+        pooled = of_text(context, self, lambda text: self.norm2(self.proj(self.pool(self.norm1(text)))))
+        return repeated(temb, like=pooled) + pooled
 
 
 class NoPooledText(nn.Module):
     """temb, as it is: the text acts through cross-attention alone."""
 
-    def forward(self, temb: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, temb: Tensor, context: Tensor | Context | None) -> Tensor:
         return temb
 
 
@@ -146,7 +148,7 @@ class TimeResnet(ResnetBlock):
         self, x: Tensor, temb: Tensor, *, size: Sequence[int] | None = None
     ) -> Tensor:
         h = self.conv1(self.resample(F.silu(self.norm1(x)), size))
-        h = self.modulate(h, self.time_emb_proj(F.silu(temb))[:, :, None, None])
+        h = self.modulate(h, repeated(self.time_emb_proj(F.silu(temb)), like=x)[:, :, None, None])
         h = self.conv2(self.dropout(F.silu(h)))
         return self.conv_shortcut(self.resample(x, size)) + h
 
@@ -172,7 +174,7 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.downsamplers = nn.ModuleList(downsamplers)
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor | None) -> list[Tensor]:
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | Context | None) -> list[Tensor]:
         """Every intermediate result, for the way up; the last one is the level's output."""
         skips = []
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
@@ -189,7 +191,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | Context | None) -> Tensor:
         first, *rest = self.resnets
         x = first(x, temb)
         for attention, resnet in zip(self.attentions, rest, strict=True):
@@ -200,7 +202,7 @@ class MidBlock(nn.Module):
 class NoMidBlock(nn.Module):
     """x, as it is."""
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | Context | None) -> Tensor:
         return x
 
 
@@ -215,10 +217,16 @@ class UpBlock(nn.Module):
         self.attentions = nn.ModuleList(attentions)
         self.upsamplers = nn.ModuleList(upsamplers)
 
-    def forward(self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor | None) -> Tensor:
-        """Takes its skips off the end of the list; grows to the size of the next one, so odd sizes fit."""
+    def forward(
+        self, x: Tensor, skips: list[Tensor], temb: Tensor, context: Tensor | Context | None
+    ) -> Tensor:
+        """Takes its skips off the end of the list; grows to the size of the next one, so odd sizes fit.
+
+        Skips from before the text have B rows where x has k * B, see ldm.context.
+        """
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
-            x = attention(resnet(torch.cat([x, skips.pop()], dim=1), temb), context)
+            x = torch.cat([x, repeated(skips.pop(), like=x)], dim=1)
+            x = attention(resnet(x, temb), context)
         for upsample in self.upsamplers:
             x = upsample(x, temb, size=skips[-1].shape[2:])
         return x

@@ -8,23 +8,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .context import Context
 from .sample import Denoiser
 from .schedule import Level, Prediction, seen, to_x0
 
-UNet = Callable[[Tensor, Tensor, Tensor], Tensor]  # (xt, t, context) -> prediction
+# (xt, t, context) -> prediction: (B, C, h, w), (B,) and (k * B, N, D) to (k * B, C, h, w), as ldm.unet.UNet
+UNet = Callable[[Tensor, Tensor, Context], Tensor]
 
 
-def _predict(unet: UNet, xt: Tensor, level: Level, context: Tensor, kind: Prediction) -> Tensor:
-    """The model's prediction in float32, whatever precision it computes in."""
+def _predict(unet: UNet, xt: Tensor, level: Level, context: Context, kind: Prediction) -> Tensor:
+    """The model's prediction in float32, whatever precision it computes in; (B, ...), or of k texts each."""
     t = torch.full((len(xt),), float(level.t), device=xt.device)
     return unet(seen(xt, level, kind), t, context).float()
 
 
 def conditional(unet: UNet, context: Tensor, kind: Prediction) -> Denoiser:
     """No guidance. context: (B, N, D) embeddings of the prompts."""
+    text = Context(context)
 
     def denoise(xt: Tensor, level: Level) -> Tensor:
-        return to_x0(_predict(unet, xt, level, context, kind), xt, level, kind)
+        return to_x0(_predict(unet, xt, level, text, kind), xt, level, kind)
 
     return denoise
 
@@ -56,13 +59,13 @@ def classifier_free(
     unguided = conditional(unet, context, kind)
     if scale == 1:
         return unguided
-    both = torch.cat([uncond, context])
+    both = Context(torch.cat([uncond, context]))
 
     def denoise(xt: Tensor, level: Level) -> Tensor:
         log_snr = math.log(level.alpha / level.sigma) if level.alpha else -math.inf
         if not low <= log_snr <= high:
             return unguided(xt, level)
-        without, with_text = _predict(unet, xt.repeat(2, 1, 1, 1), level, both, kind).chunk(2)
+        without, with_text = _predict(unet, xt, level, both, kind).chunk(2)
         guided = without.lerp(with_text, scale)
         if rescale:
             ratio = with_text.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)

@@ -18,6 +18,7 @@ from autoencoder.vae import AutoencoderKL
 from ldm import inputs, options, stock
 from ldm.checkpoint import Undrawn, has_variant, load_model, save_model
 from ldm.config import read_config, read_json, write_json
+from ldm.context import Context
 from ldm.guidance import classifier_free, conditional
 from ldm.hub import find_folder
 from ldm.noise import Noise
@@ -387,7 +388,7 @@ class LatentDiffusionPipeline:
         asked = self.scheduler.learns_variance(sampler or self.defaults.sampler)
         return learned, learned.louder(noise, tableau.steps) if asked else noise
 
-    def _predict(self, xt: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def _predict(self, xt: Tensor, t: Tensor, context: Tensor | Context) -> Tensor:
         """The UNet's answer: the prediction, (B, C, h, w), and the variance that some give beside it."""
         return self.unet(xt.contiguous(memory_format=torch.channels_last), t, context)
 

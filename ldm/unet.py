@@ -17,12 +17,22 @@ from autoencoder.layers import AttentionBlock, ResnetBlock, recompute, rename_at
 from ldm.architecture import MID_BLOCKS, UNetConfig, down_blocks, pooled_text, up_blocks
 from ldm.attention import CrossAttention, SelfAttentionBlock, SpatialTransformer, check_backend
 from ldm.blocks import ClassEmbedding, NoClasses, TimeEmbedding, timestep_embedding
+from ldm.context import Context, repeated
 
 
 def train_compiled(module: nn.Module, backend: str) -> None:
     """Replaces forward on this one object: in training it is compiled, for one shape at a time."""
     plain, fast = module.forward, torch.compile(module.forward, dynamic=False, backend=backend)
     module.forward = lambda *args: (fast if module.training else plain)(*args)
+
+
+def check_rows(xt: Tensor, **others: Tensor | Context | None) -> None:
+    """Raises ValueError, naming which, unless each of the others has one row or a multiple of xt's rows."""
+    for name, other in others.items():
+        if other is not None and len(other) > 1 and len(other) % len(xt):
+            raise ValueError(
+                f"{name} has {len(other)} rows and xt has {len(xt)}: expected as many, or a multiple of them"
+            )
 
 
 class UNet(nn.Module):
@@ -57,24 +67,33 @@ class UNet(nn.Module):
         return self.conv_in.weight.dtype
 
     def forward(
-        self, xt: Tensor, t: Tensor, context: Tensor | None = None, class_labels: Tensor | None = None
+        self,
+        xt: Tensor,
+        t: Tensor,
+        context: Tensor | Context | None = None,
+        class_labels: Tensor | None = None,
     ) -> Tensor:
-        """The model's prediction, in whatever kind it was trained on.
+        """The model's prediction, in whatever kind it was trained on: (B, out_channels, h, w).
 
-        xt: (B, in_channels, h, w), any h and w. t: (B,), 0 is the cleanest. Returns (B, out_channels, h, w).
+        xt: (B, in_channels, h, w), any h and w. t: (B,), or (1,) for all; 0 is the cleanest.
         context: (B, N, cross_attention_dim). class_labels: (B,) int64, for a UNet with num_class_embeds.
-        Raises ValueError if class_labels is missing, or given to a UNet without classes.
+        Of k texts for every xt, (k * B, N, D) as cat([texts 1, texts 2]), come as many answers, and what does
+        not depend on the text is computed once. So it is with k * B class_labels.
+        Raises ValueError if class_labels is missing, or given to a UNet without classes, and if the rows of
+        these are no multiple of xt's.
         """
+        check_rows(xt, t=t, context=context, class_labels=class_labels)
         context = context if context is None else context.to(self.dtype)
         temb = self.class_embedding(self.time_embedding(self.embed_time(t).to(self.dtype)), class_labels)
         temb = self.add_embedding(temb, context)
-        skips = [self.conv_in(xt.to(self.dtype))]
+        skips = [repeated(self.conv_in(xt.to(self.dtype)), like=temb)]
         for block in self.down_blocks:
             skips += block(skips[-1], temb, context)
         x = self.mid_block(skips[-1], temb, context)
         for block in self.up_blocks:
             x = block(x, skips, temb, context)
-        return self.conv_out(F.silu(self.conv_norm_out(x))).to(xt.dtype)
+        prediction = self.conv_out(F.silu(self.conv_norm_out(x))).to(xt.dtype)
+        return prediction if context is None else repeated(prediction, like=context)  # where none looks at it
 
     def set_attention_backend(self, backend: str) -> None:
         """The backend of every attention. Raises ValueError, which says why, if it cannot run here."""

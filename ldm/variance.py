@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .context import Context
 from .noise import Noise
 from .schedule import NoiseSchedule, Prediction, Timesteps, to_x0
 
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # (xt, t, context) -> the UNet's answer
+Predict = Callable[[Tensor, Tensor, Tensor | Context], Tensor]  # (xt, t, context) -> the UNet's answer
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class LearnedVariance:
     def __init__(self, unet: Predict) -> None:
         self.unet = unet
 
-    def __call__(self, xt: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def __call__(self, xt: Tensor, t: Tensor, context: Tensor | Context) -> Tensor:
         self.xt = xt
         self.prediction, self.v = self.unet(xt, t, context).float().chunk(2, dim=1)
         return self.prediction

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ldm.context import Context
 from ldm.guidance import classifier_free, conditional
 from ldm.schedule import Level, NoiseSchedule
 
@@ -17,17 +18,17 @@ def level_at(t: float, schedule: NoiseSchedule = SCHEDULE) -> Level:
 
 
 class Unet:
-    """Answers with a map of xt that its context shifts, and remembers the batches it was called with."""
+    """Answers with a map of xt that its context shifts, and remembers how many answers were asked for."""
 
     def __init__(self, dtype=torch.float32):
         self.batches, self.dtype = [], dtype
 
     def __call__(self, xt, t, context):
         assert t.shape == (len(xt),)
-        assert len(context) == len(xt)
-        self.batches.append(len(xt))
-        shift = context.mean((1, 2)).view(-1, 1, 1, 1) * torch.linspace(-3, 5, xt.shape[-1])
-        return (0.5 * xt + shift + 0.001 * t.view(-1, 1, 1, 1)).to(self.dtype)
+        self.batches.append(len(context))
+        told = context.embeddings.mean((1, 2)).view(-1, len(xt), 1, 1, 1)  # a text for each xt, or two
+        shift = told * torch.linspace(-3, 5, xt.shape[-1])
+        return (0.5 * xt + shift + 0.001 * t.view(-1, 1, 1, 1)).flatten(0, 1).to(self.dtype)
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_same_context_is_no_guidance(xt):
 @pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
 def test_rescale_is_that_of_lin_et_al(rescale, xt):
     """Equations 15 and 16, on the prediction, with the deviation over each image."""
-    with_text, without = (Unet()(xt, torch.full((3,), 300.0), c) for c in (CONTEXT, UNCOND))
+    with_text, without = (Unet()(xt, torch.full((3,), 300.0), Context(c)) for c in (CONTEXT, UNCOND))
     guided = without + 7.5 * (with_text - without)
     ratio = with_text.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
     expected = rescale * guided * ratio + (1 - rescale) * guided

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from ldm.context import Context, repeated
 from ldm.guidance import classifier_free, conditional
 from ldm.sample import trajectory
 from ldm.schedule import NoiseSchedule, to_x0
@@ -22,9 +23,9 @@ STEPS = ReverseSteps.of(SCHEDULE)
 T_OF_BATCH = torch.tensor([0, 1, 500, 999])
 
 
-def both(xt: Tensor, t: Tensor, context: Tensor) -> Tensor:
+def both(xt: Tensor, t: Tensor, context: Context) -> Tensor:
     """A prediction and v, which also lies outside [-1, 1]; both hear the context."""
-    told = context.mean((1, 2)).view(-1, 1, 1, 1)
+    told, xt = context.embeddings.mean((1, 2)).view(-1, 1, 1, 1), repeated(xt, like=context)
     return torch.cat([toy_unet(xt, t) + 0.1 * told, 1.5 * torch.sin(3 * xt + told)], dim=1)
 
 
@@ -61,9 +62,9 @@ def test_a_run_is_that_of_diffusers(kind, settings, guided, monkeypatch):
     context, uncond, xt = torch.ones(len(draw(-1)), 2, 3), torch.zeros(len(draw(-1)), 2, 3), draw(-1)
     theirs = []
     for t in reference.timesteps:
-        prediction, v = both(xt, t, context).chunk(2, dim=1)
+        prediction, v = both(xt, t, Context(context)).chunk(2, dim=1)
         if guided:
-            prediction = both(xt, t, uncond).chunk(2, dim=1)[0].lerp(prediction, 2.0)
+            prediction = both(xt, t, Context(uncond)).chunk(2, dim=1)[0].lerp(prediction, 2.0)
         xt = reference.step(torch.cat([prediction, v], dim=1), t, xt).prev_sample.float()
         theirs.append(xt)
     scheduler = Scheduler.from_config(config)

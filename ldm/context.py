@@ -1,0 +1,62 @@
+"""The text on its way through the UNet: where it meets the latents, and what is made of it once in a run.
+
+Guidance asks for the same latents with several texts. Until a layer first looks at the text their answers are
+the same rows, so they are computed once, and repeated where a tensor of more rows joins them. No layer is
+told: the shapes say it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def repeated(x: Tensor, like: Tensor | Context) -> Tensor:
+    """x with the rows of `like`: (B, ...) -> (k * B, ...), its B rows k times over, as cat([x, x]) for k = 2.
+
+    x as it is where `like` has no more rows. The memory layout is kept, which Tensor.repeat does not do.
+    """
+    times = len(like) // len(x)
+    return torch.cat([x] * times) if times > 1 else x
+
+
+class Context:
+    """The text of a sampling run, embeddings (B, N, D), and what layers made of it: the same in every step.
+
+    A run makes its own and hands it to the UNet in the place of the embeddings, so that the UNet keeps no
+    state. It is not for two threads, nor for two UNets.
+    """
+
+    def __init__(self, embeddings: Tensor) -> None:
+        self.embeddings = embeddings
+        self._made: dict[nn.Module, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def to(self, dtype: torch.dtype) -> Context:
+        """Itself, with embeddings of this type from now on."""
+        if self.embeddings.dtype != dtype:
+            self.embeddings, self._made = self.embeddings.to(dtype), {}
+        return self
+
+    def once(self, layer: nn.Module, make: Callable[[Tensor], T]) -> T:
+        """make(embeddings), computed at this layer's first call and remembered.
+
+        Where gradients are recorded it is computed at every call: each has a graph of its own.
+        """
+        if torch.is_grad_enabled():
+            return make(self.embeddings)
+        if layer not in self._made:
+            self._made[layer] = make(self.embeddings)
+        return self._made[layer]
+
+
+def of_text(context: Tensor | Context, layer: nn.Module, make: Callable[[Tensor], T]) -> T:
+    """What a layer makes of the text: anew of embeddings (B, N, D), once in a run of its Context."""
+    return context.once(layer, make) if isinstance(context, Context) else make(context)
