@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.layers import AttentionBlock, scaled_dot_product, to_image, to_tokens
+from ldm import native
 from ldm.context import Context, of_text, repeated
 
 Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # (q, k, v, heads) -> (B, N, heads * D)
@@ -57,16 +58,26 @@ def automatic(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         return scaled_dot_product(q, k, v, heads)
 
 
-BACKENDS: dict[str, Kernel] = {"auto": automatic, "sdpa": scaled_dot_product, "xformers": memory_efficient}
+def by_native_kernel(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Our own kernel, for float32 on a CPU and no gradient; what it does not take goes the automatic way."""
+    return (native.attention if native.takes(q, k, v) else automatic)(q, k, v, heads)
+
+
+BACKENDS: dict[str, Kernel] = {
+    "auto": automatic,
+    "sdpa": scaled_dot_product,
+    "xformers": memory_efficient,
+    "native": by_native_kernel,
+}
 
 
 def check_backend(backend: str, device: torch.device) -> None:
     """Raises ValueError, which says why, if there is no such backend or it cannot run on this device."""
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r}: expected {', '.join(BACKENDS)}")
-    reason = _why_not_xformers(device) if backend == "xformers" else ""
+    reason = WHY_NOT[backend](device) if backend in WHY_NOT else ""
     if reason:
-        raise ValueError(f"attention backend 'xformers' cannot run: {reason}; use 'sdpa' or 'auto'")
+        raise ValueError(f"attention backend {backend!r} cannot run: {reason}; use 'sdpa' or 'auto'")
 
 
 @cache
@@ -85,6 +96,19 @@ def _why_not_xformers(device: torch.device) -> str:
         reason = str(error).partition("\n")[0]
         return f"its build does not fit this GPU or torch {torch.__version__} ({reason})"
     return ""
+
+
+def _why_not_native(device: torch.device) -> str:
+    if device.type != "cpu":
+        return f"it is for CPUs and the model is on {device.type}"
+    try:
+        native.check()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+WHY_NOT: dict[str, Callable[[torch.device], str]] = {"xformers": _why_not_xformers, "native": _why_not_native}
 
 
 class CrossAttention(nn.Module):

@@ -1,0 +1,104 @@
+"""Kernels for CPUs, in C++: float32, for inference. `ldm.optimize` puts them into models.
+
+They answer as torch's do but for rounding, and the same whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.native.build import library
+
+CHANNELS = 32  # the channels of a layer are a multiple of it, whatever the vectors of a CPU hold
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Are these for the kernels: float32 on a CPU, and nobody wants a gradient?"""
+    return (
+        all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+@cache
+def check() -> None:
+    """Raises ValueError, which says why, if there are no kernels here or they answer wrong."""
+    library()
+    random = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(s, generator=random) for s in ((1, 32, 5, 9), (32, 32, 3, 3), (32,)))
+    q, k, v = (torch.randn(1, n, 64, generator=random) for n in (31, 77, 77))
+    apart = [each.unflatten(-1, (2, 32)).transpose(1, 2) for each in (q, k, v)]
+    left, right = F.linear(q, w[..., 0, 0].repeat(1, 2)), F.linear(q, w[..., 1, 1].repeat(1, 2))
+    both = torch.cat([w[..., 0, 0], w[..., 1, 1]]).repeat(1, 2)
+    pairs = {
+        "convolution": (convolution(x, w, b), F.conv2d(x, w, b, padding=1)),
+        "attention": (
+            attention(q, k, v, 2),
+            F.scaled_dot_product_attention(*apart).transpose(1, 2).flatten(2),
+        ),
+        "linear": (linear(q, both, None), torch.cat([left, right], -1)),
+        "gated linear": (linear(q, both, None, gated=True), left * F.gelu(right)),
+    }
+    for name, (ours, true) in pairs.items():
+        if not torch.allclose(ours, true, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"native kernels: {name} differs from torch's by {(ours - true).abs().max():.2g}, so this "
+                "compiler cannot be trusted with them on this CPU; set CXX to another g++"
+            )
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 3x3 convolution with padding 1 by Winograd's F(4x4, 3x3) (Lavin & Gray 2016).
+
+    x: (B, C, H, W). weight: (K, C, 3, 3). bias: (K,). C and K are multiples of 32.
+    Returns (B, K, H, W), laid out as channels_last.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    out = len(weight)
+    y = torch.empty((batch, out, height, width), memory_format=torch.channels_last)
+    call("convolution", x, weight, bias, y, batch, height, width, channels, out)
+    return y
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v in each head (Dao et al. 2022, algorithm 1).
+
+    q: (B, N, heads * D). k, v: (B, M, heads * D). Returns (B, N, heads * D).
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    batch, n, width = q.shape
+    out = torch.empty(batch, n, width)
+    strides = (step for x in (q, k, v) for step in x.stride()[:2])
+    call("attention", q, k, v, out, batch, n, k.shape[1], heads, width // heads, *strides)
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> Tensor:
+    """x W^T + b: (..., C) -> (..., K). weight: (K, C). bias: (K,). C and K are multiples of 32.
+
+    gated: (..., K / 2), the first half of the channels times the GELU of the second (Shazeer 2020, eq. 6);
+    then K is a multiple of 64.
+    """
+    x, weight = x.contiguous(), weight.contiguous()
+    out, channels = weight.shape
+    y = torch.empty((*x.shape[:-1], out // 2 if gated else out))
+    call("linear", x, weight, bias, y, x.numel() // channels, channels, out, int(gated))
+    return y
+
+
+def call(name: str, *arguments: Tensor | int | None) -> None:
+    """A function of the library, on as many threads as torch has."""
+    values = [
+        ctypes.c_int64(x) if isinstance(x, int) else x if x is None else ctypes.c_void_p(x.data_ptr())
+        for x in arguments
+    ]
+    library()[name](*values, ctypes.c_int(torch.get_num_threads()))

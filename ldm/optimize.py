@@ -1,0 +1,73 @@
+"""Layers that compute by native kernels, in models that are there: what `pipe.optimize()` does on a CPU."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from autoencoder.layers import AttentionBlock, to_image, to_tokens
+from ldm import native
+from ldm.attention import GEGLU, CrossAttention, SelfAttentionBlock
+
+
+def optimize(model: nn.Module) -> None:
+    """Replaces the forward of layers, on these objects alone, by kernels for float32 on a CPU.
+
+    Weights, names and types stay as they are, and so does what is computed in another type, on another device
+    or for gradients. Raises ValueError, which says why, if there are no kernels here.
+    """
+    native.check()
+    for module in model.modules():
+        if isinstance(module, GEGLU):
+            if module.proj.out_features % (2 * native.CHANNELS) == 0:
+                module.forward = partial(gated, module)  # type: ignore[method-assign]
+        elif isinstance(module, nn.Linear) and whole(module):
+            module.forward = partial(linear, module)  # type: ignore[method-assign]
+        elif isinstance(module, nn.Conv2d) and whole(module):
+            kernel = KERNELS.get(f"{module.kernel_size} {module.padding}")
+            if kernel and (module.stride, module.dilation, module.groups) == ((1, 1), (1, 1), 1):
+                module.forward = partial(kernel, module)  # type: ignore[method-assign]
+        elif isinstance(module, CrossAttention | SelfAttentionBlock):
+            module.backend = "native"
+        elif isinstance(module, AttentionBlock):
+            module.attend = partial(attention, module)  # type: ignore[method-assign]
+
+
+def whole(layer: nn.Linear | nn.Conv2d) -> bool:
+    """Are its channels such as the kernels take?"""
+    return all(size % native.CHANNELS == 0 for size in layer.weight.shape[:2])
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    if native.takes(x, layer.weight):
+        return native.linear(x, layer.weight, layer.bias)
+    return type(layer).forward(layer, x)
+
+
+def gated(layer: GEGLU, x: Tensor) -> Tensor:
+    if native.takes(x, layer.proj.weight):
+        return native.linear(x, layer.proj.weight, layer.proj.bias, gated=True)
+    return type(layer).forward(layer, x)
+
+
+def convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    if native.takes(x, layer.weight):
+        return native.convolution(x, layer.weight, layer.bias)
+    return type(layer).forward(layer, x)
+
+
+def pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution is a linear map of each pixel."""
+    if native.takes(x, layer.weight):
+        return to_image(native.linear(to_tokens(x), layer.weight.flatten(1), layer.bias), like=x)
+    return type(layer).forward(layer, x)
+
+
+def attention(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if native.takes(q, k, v):
+        return native.attention(q, k, v, block.heads)
+    return type(block).attend(block, q, k, v)
+
+
+KERNELS = {"(3, 3) (1, 1)": convolution, "(1, 1) (0, 0)": pointwise}  # by kernel_size and padding
