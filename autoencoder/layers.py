@@ -20,6 +20,14 @@ def dropout(p: float) -> nn.Module:
     return nn.Dropout(p) if p > 0 else nn.Identity()
 
 
+class GroupNormSiLU(nn.GroupNorm):
+    """(B, C, H, W) -> (B, C, H, W): group norm (Wu & He 2018), then x sigmoid(x)."""
+
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """added: (B, C), to every pixel of a channel beforehand."""
+        return F.silu(super().forward(x if added is None else x + added[:, :, None, None]))
+
+
 class ResnetBlock(nn.Module):
     """(B, in, H, W) -> (B, out, H, W): two convolutions beside a shortcut (He et al. 2016)."""
 
@@ -27,17 +35,17 @@ class ResnetBlock(nn.Module):
         self, in_channels: int, out_channels: int, *, groups: int = 32, eps: float = 1e-6, drop: float = 0.0
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.norm1 = GroupNormSiLU(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.norm2: nn.GroupNorm = GroupNormSiLU(groups, out_channels, eps=eps)
         self.dropout = dropout(drop)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.conv_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.dropout(self.norm2(h)))
         return self.conv_shortcut(x) + h
 
 

@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.layers import AttentionBlock, Downsample, ResnetBlock, Upsample, recompute, rename_attention
+from autoencoder.layers import (
+    AttentionBlock,
+    Downsample,
+    GroupNormSiLU,
+    ResnetBlock,
+    Upsample,
+    recompute,
+    rename_attention,
+)
 
 DOWN_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}  # and whether it has attention
 UP_BLOCKS = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
@@ -186,7 +193,7 @@ class Encoder(nn.Module):
             for i, (width, name) in enumerate(zip(widths, config.down_block_types, strict=True))
         )
         self.mid_block = MidBlock(widths[-1], attention=config.mid_block_add_attention, groups=groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNormSiLU(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -194,7 +201,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class Decoder(nn.Module):
@@ -215,14 +222,14 @@ class Decoder(nn.Module):
             )
             for i, (width, name) in enumerate(zip(widths, config.up_block_types, strict=True))
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNormSiLU(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 def multiples_of(factor: int, sizes: Sequence[int]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -141,15 +142,15 @@ class TimeResnet(ResnetBlock):
         self.resample = resample
 
     def modulate(self, h: Tensor, time: Tensor) -> Tensor:
-        """(B, out, H, W), normalised, with `time` (B, numbers * out, 1, 1) worked in."""
-        return self.norm2(h + time)
+        """(B, out, H, W), normalised and through SiLU, with `time` (B, numbers * out) worked in."""
+        return self.norm2(h, time)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, temb: Tensor, *, size: Sequence[int] | None = None
     ) -> Tensor:
-        h = self.conv1(self.resample(F.silu(self.norm1(x)), size))
-        h = self.modulate(h, repeated(self.time_emb_proj(F.silu(temb)), like=x)[:, :, None, None])
-        h = self.conv2(self.dropout(F.silu(h)))
+        h = self.conv1(self.resample(self.norm1(x), size))
+        h = self.modulate(h, repeated(self.time_emb_proj(F.silu(temb)), like=x))
+        h = self.conv2(self.dropout(h))
         return self.conv_shortcut(self.resample(x, size)) + h
 
 
@@ -158,9 +159,14 @@ class ScaleShiftResnet(TimeResnet):
 
     numbers = 2
 
+    def __init__(self, in_channels: int, out_channels: int, **rest: Any) -> None:
+        """rest: as TimeResnet."""
+        super().__init__(in_channels, out_channels, **rest)
+        self.norm2 = nn.GroupNorm(self.norm2.num_groups, out_channels, eps=self.norm2.eps)
+
     def modulate(self, h: Tensor, time: Tensor) -> Tensor:
-        scale, shift = time.chunk(2, dim=1)
-        return self.norm2(h) * (1 + scale) + shift
+        scale, shift = time[:, :, None, None].chunk(2, dim=1)
+        return F.silu(self.norm2(h) * (1 + scale) + shift)
 
 
 class DownBlock(nn.Module):

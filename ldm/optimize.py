@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from autoencoder.layers import AttentionBlock, to_image, to_tokens
+from autoencoder.layers import AttentionBlock, GroupNormSiLU, to_image, to_tokens
 from ldm import native
 from ldm.attention import GEGLU, CrossAttention, SelfAttentionBlock
 
@@ -22,6 +22,8 @@ def optimize(model: nn.Module) -> None:
         if isinstance(module, GEGLU):
             if module.proj.out_features % (2 * native.CHANNELS) == 0:
                 module.forward = partial(gated, module)  # type: ignore[method-assign]
+        elif isinstance(module, GroupNormSiLU) and module.num_channels % native.CHANNELS == 0:
+            module.forward = partial(norm_silu, module)  # type: ignore[method-assign]
         elif isinstance(module, nn.Linear) and whole(module):
             module.forward = partial(linear, module)  # type: ignore[method-assign]
         elif isinstance(module, nn.Conv2d) and whole(module):
@@ -62,6 +64,12 @@ def pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
     if native.takes(x, layer.weight):
         return to_image(native.linear(to_tokens(x), layer.weight.flatten(1), layer.bias), like=x)
     return type(layer).forward(layer, x)
+
+
+def norm_silu(layer: GroupNormSiLU, x: Tensor, added: Tensor | None = None) -> Tensor:
+    if native.takes(x, layer.weight):
+        return native.norm_silu(x, layer.num_groups, layer.weight, layer.bias, layer.eps, added)
+    return type(layer).forward(layer, x, added)
 
 
 def attention(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -10,10 +10,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.layers import AttentionBlock, ResnetBlock, recompute, rename_attention
+from autoencoder.layers import AttentionBlock, GroupNormSiLU, ResnetBlock, recompute, rename_attention
 from ldm.architecture import MID_BLOCKS, UNetConfig, down_blocks, pooled_text, up_blocks
 from ldm.attention import CrossAttention, SelfAttentionBlock, SpatialTransformer, check_backend
 from ldm.blocks import ClassEmbedding, NoClasses, TimeEmbedding, timestep_embedding
@@ -56,7 +55,7 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList(down)
         self.mid_block = MID_BLOCKS[config.mid_block_type](config)
         self.up_blocks = nn.ModuleList(up_blocks(config, skips))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, width, eps=config.norm_eps)
+        self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, width, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
         self.embed_time = partial(
             timestep_embedding, channels=width, cos_first=config.flip_sin_to_cos, freq_shift=config.freq_shift
@@ -92,7 +91,7 @@ class UNet(nn.Module):
         x = self.mid_block(skips[-1], temb, context)
         for block in self.up_blocks:
             x = block(x, skips, temb, context)
-        prediction = self.conv_out(F.silu(self.conv_norm_out(x))).to(xt.dtype)
+        prediction = self.conv_out(self.conv_norm_out(x)).to(xt.dtype)
         return prediction if context is None else repeated(prediction, like=context)  # where none looks at it
 
     def set_attention_backend(self, backend: str) -> None:

@@ -109,12 +109,33 @@ def test_a_linear_map_is_that_of_float64(rows, channels, out, biased):
     assert error(native.linear(x, w, bias, gated=True), left * F.gelu(right)) < 1e-6
 
 
+@QUICK
+@given(
+    st.integers(1, 3),
+    st.integers(2, 23),
+    st.integers(1, 23),
+    st.sampled_from([(32, 32), (32, 8), (96, 32), (320, 32)]),
+    st.sampled_from([0.0, 1000.0]),
+    st.booleans(),
+)
+def test_a_norm_is_that_of_float64(batch, height, width, sizes, mean, shifted):
+    """Also where the mean is a thousand deviations: E[x^2] - E[x]^2 in float32 would be lost."""
+    channels, groups = sizes
+    x, w, b = randn(batch, channels, height, width) + mean, randn(channels, seed=1), randn(channels, seed=2)
+    added = randn(batch, channels, seed=3) if shifted else None
+    double = x.double() if added is None else x.double() + added.double()[:, :, None, None]
+    true = F.silu(F.group_norm(double, groups, w.double(), b.double(), 1e-5))
+    answer = native.norm_silu(x, groups, w, b, 1e-5, added)
+    assert error(answer, true) < (1e-6 if mean == 0 else 1e-3)
+
+
 def test_what_is_not_a_number_stays_so():
     """A kernel that hid it would hide a model's overflow."""
     x = randn(1, 32, 8, 8)
     x[0, 3, 5, 5] = torch.nan
     assert native.convolution(x, randn(32, 32, 3, 3), None)[0, :, 4:7, 4:7].isnan().all()
     tokens = x.flatten(2).transpose(1, 2)
+    assert native.norm_silu(x, 4, torch.ones(32), torch.ones(32), 1e-5)[0, :8].isnan().all()
     assert native.linear(tokens, randn(32, 32), None).isnan().any()
     assert native.attention(randn(1, 3, 32), randn(1, 64, 32), tokens, 2).isnan().any()
 
@@ -125,6 +146,7 @@ def test_threads_do_not_change_a_bit():
     kernels = (
         lambda: native.convolution(x, w, None),
         lambda: native.attention(q, q, q, 3),
+        lambda: native.norm_silu(x, 4, x[0, :, 0, 0].contiguous(), x[0, :, 0, 1].contiguous(), 1e-5),
         lambda: native.linear(q, matrix, None),
     )
     before, answers = torch.get_num_threads(), []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ def check() -> None:
             attention(q, k, v, 2),
             F.scaled_dot_product_attention(*apart).transpose(1, 2).flatten(2),
         ),
+        "norm": (norm_silu(x, 4, b, b, 1e-5), F.silu(F.group_norm(x, 4, b, b, 1e-5))),
         "linear": (linear(q, both, None), torch.cat([left, right], -1)),
         "gated linear": (linear(q, both, None, gated=True), left * F.gelu(right)),
     }
@@ -95,10 +97,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = Fals
     return y
 
 
-def call(name: str, *arguments: Tensor | int | None) -> None:
+def norm_silu(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, added: Tensor | None = None
+) -> Tensor:
+    """SiLU of the group norm of x + added, laid out as channels_last.
+
+    x: (B, C, H, W). weight, bias: (C,). added: (B, C), to every pixel. C is a multiple of 32.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    y = torch.empty_like(x)  # it keeps the layout
+    added = None if added is None else added.contiguous()
+    call("norm", x, added, weight, bias, y, batch, height * width, channels, groups, eps)
+    return y
+
+
+def call(name: str, *arguments: Tensor | int | float | None) -> None:
     """A function of the library, on as many threads as torch has."""
-    values = [
-        ctypes.c_int64(x) if isinstance(x, int) else x if x is None else ctypes.c_void_p(x.data_ptr())
-        for x in arguments
-    ]
-    library()[name](*values, ctypes.c_int(torch.get_num_threads()))
+    library()[name](*map(value, arguments), ctypes.c_int(torch.get_num_threads()))
+
+
+def value(x: Tensor | int | float | None) -> Any:
+    """As C takes it."""
+    if isinstance(x, Tensor):
+        return ctypes.c_void_p(x.data_ptr())
+    return x if x is None else ctypes.c_int64(x) if isinstance(x, int) else ctypes.c_double(x)
