@@ -18,6 +18,7 @@ from autoencoder.vae import AutoencoderKL
 from ldm import inputs, options, stock
 from ldm.checkpoint import Undrawn, has_variant, load_model, save_model
 from ldm.config import read_config, read_json, write_json
+from ldm.devices import Movable, default_dtype
 from ldm.guidance import classifier_free, conditional
 from ldm.hub import find_folder
 from ldm.noise import Noise
@@ -48,14 +49,6 @@ class PipelineOutput(NamedTuple):
     cut: list[str]  # of each prompt, the end that did not fit the text encoder; "" where all did
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it: CUDA from Ampere on and CPUs with AMX; else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
-    amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if amx else torch.float32
-
-
 def to_pil(images: Tensor) -> list[Image.Image]:
     """PIL images of (B, 3, H, W) in [0, 1]."""
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -70,7 +63,7 @@ FORMATS: dict[OutputType, Callable[[Tensor], Any]] = {
 }
 
 
-class LatentDiffusionPipeline:
+class LatentDiffusionPipeline(Movable):
     """Text-to-image latent diffusion. A call changes nothing here, so threads may share a pipeline."""
 
     def __init__(
@@ -86,7 +79,6 @@ class LatentDiffusionPipeline:
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.unet, self.scheduler = unet, scheduler
         self.defaults = defaults or options.Defaults()
-        self._dtype_by_device = False  # from_pretrained chose the dtype: .to(device) chooses again
         self._progress: dict[str, Any] = {}
         stock.check_fit(vae, text_encoder, tokenizer, unet)
         options.check_choice("sampler", self.defaults.sampler or scheduler.solver, SOLVERS)
@@ -170,40 +162,6 @@ class LatentDiffusionPipeline:
             name: getattr(self, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
         }
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.unet.parameters()).dtype
-
-    def to(
-        self,
-        *places: str | torch.device | torch.dtype,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        memory_format: torch.memory_format | None = None,
-    ) -> Self:
-        """Moves all models in place, as diffusers: to("cuda"), to(torch.float16), to("cuda", torch.float16).
-
-        Where from_pretrained chose the dtype, a move to another kind of device chooses it anew.
-        """
-        for place in places:
-            if isinstance(place, torch.dtype):
-                dtype = place
-            else:
-                device = place
-        target = inputs.check_device(device) if device is not None else self.device
-        self._dtype_by_device &= dtype is None
-        if self._dtype_by_device:
-            dtype = default_dtype(target)
-        for model in (self.vae, self.text_encoder, self.unet):
-            model.to(device=target, dtype=dtype or next(model.parameters()).dtype)
-            if memory_format is not None:
-                model.to(memory_format=memory_format)  # type: ignore[call-overload]
-        return self
-
     def set_progress_bar_config(self, **config: Any) -> None:
         """Options of the tqdm bar, such as disable=True. It is shown where stderr is a terminal."""
         self._progress = config
@@ -233,7 +191,8 @@ class LatentDiffusionPipeline:
         options.check_clip_skip(clip_skip or 0)
         with Undrawn():
             encoder = self.text_encoder.drop_layers(clip_skip) if clip_skip else self.text_encoder
-        unique = {prompt: encoder(self.tokenizer([prompt]).to(self.device)) for prompt in set(prompts)}
+        with self._present(self.text_encoder):
+            unique = {prompt: encoder(self.tokenizer([prompt]).to(self.device)) for prompt in set(prompts)}
         return torch.cat([unique[prompt] for prompt in prompts])
 
     @torch.no_grad()
@@ -246,13 +205,14 @@ class LatentDiffusionPipeline:
             advice = "; use dtype=torch.float32" if self.dtype != torch.float32 else ""
             raise ValueError(f"the UNet's answer in {self.dtype} is not finite{advice}")
         rows = latents.float().split(1)
-        images = [self.vae.decode(row) for row in rows]
-        wrong = [index for index, image in enumerate(images) if not image.isfinite().all()]
-        if wrong and self.vae.dtype != torch.float32:
-            log.warning("the autoencoder overflows in %s: decoding in float32", self.vae.dtype)
-            exact = copy.deepcopy(self.vae).float()
-            for index in wrong:  # the others keep what they get alone
-                images[index] = exact.decode(rows[index])
+        with self._present(self.vae):
+            images = [self.vae.decode(row) for row in rows]
+            wrong = [index for index, image in enumerate(images) if not image.isfinite().all()]
+            if wrong and self.vae.dtype != torch.float32:
+                log.warning("the autoencoder overflows in %s: decoding in float32", self.vae.dtype)
+                exact = copy.deepcopy(self.vae).float()
+                for index in wrong:  # the others keep what they get alone
+                    images[index] = exact.decode(rows[index])
         if not all(image.isfinite().all() for image in images):
             raise ValueError("the decoded image is not finite: are the autoencoder's weights whole?")
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
@@ -309,6 +269,7 @@ class LatentDiffusionPipeline:
         denoise = conditional(predict, context, kind)
         if scale > 1:
             denoise = classifier_free(predict, context, uncond, scale, kind, rescale, guidance_interval)
+        denoise = self._present(self.unet)(denoise)
         steps_taken = trajectory(denoise, xt.to(self.device, torch.float32), tableau, noise)
         for step in self._bar(steps_taken, len(tableau.steps)):
             xt = step.xt
