@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -22,6 +22,7 @@ from ldm.devices import Movable, default_dtype
 from ldm.guidance import classifier_free, conditional
 from ldm.hub import find_folder
 from ldm.noise import Noise
+from ldm.requests import Request
 from ldm.sample import Step, trajectory
 from ldm.scheduler import Scheduler
 from ldm.solvers import SOLVERS, Tableau
@@ -269,9 +270,8 @@ class LatentDiffusionPipeline(Movable):
         denoise = conditional(predict, context, kind)
         if scale > 1:
             denoise = classifier_free(predict, context, uncond, scale, kind, rescale, guidance_interval)
-        denoise = self._present(self.unet)(denoise)
-        steps_taken = trajectory(denoise, xt.to(self.device, torch.float32), tableau, noise)
-        for step in self._bar(steps_taken, len(tableau.steps)):
+        run = trajectory(self._present(self.unet)(denoise), xt.to(self.device).float(), tableau, noise)
+        for step in self._bar(run, len(tableau.steps)):
             xt = step.xt
             if callback_on_step_end is not None:
                 given = {key: step.x0 if key == "x0" else xt for key in callback_on_step_end_tensor_inputs}
@@ -279,6 +279,19 @@ class LatentDiffusionPipeline(Movable):
                 xt.copy_(inputs.check_answer(answer, xt))  # the trajectory goes on from this tensor
         images = FORMATS[output_type](xt if output_type == "latent" else self.decode(xt))
         return PipelineOutput(images, seeds, cut) if return_dict else (images, None)  # type: ignore[return-value]
+
+    def each(
+        self, requests: Iterable[Request], batch_size: int | None = None
+    ) -> Iterator[tuple[Request, Image.Image]]:
+        """Pictures as they are drawn: of each request, with all that it leaves open settled, a PIL image.
+
+        Alike requests are drawn together, whatever their order. batch_size: how many; None suits the device.
+        A picture is that of a call of its own with this seed, to 1/255; with batch_size=1 bit for bit.
+        Raises ValueError for what cannot be, before anything is drawn.
+        """
+        from ldm import many  # which imports this module
+
+        return many.each(self, requests, batch_size)
 
     def tableau(self, steps: int | None = None, sampler: str | None = None) -> Tableau:
         """The table that a call with these options follows. Raises ValueError if there is none."""

@@ -9,9 +9,9 @@ from tests.tiny import tiny_pipeline
 MODES = ("enable_model_cpu_offload", "enable_sequential_cpu_offload")
 OPTIONS = {
     "seed": 3,
-    "num_inference_steps": 2,
-    "height": 24,
-    "width": 40,
+    "num_inference_steps": 1,
+    "height": 16,
+    "width": 24,
     "clip_skip": 1,
     "output_type": "pt",
 }
@@ -65,7 +65,7 @@ def test_one_model_is_there_at_a_time(monkeypatch):
     monkeypatch.setattr(
         torch.nn.Module, "to", lambda model, to: moves.append((names[id(model)], to)) or model
     )
-    pipe("a red fox", **OPTIONS | {"num_inference_steps": 3})
+    pipe("a red fox", **OPTIONS | {"num_inference_steps": 2})
     pipe._present(pipe.vae)(lambda: None)()  # is there already
     assert moves == [
         ("text_encoder", "the device"),
