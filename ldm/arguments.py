@@ -26,8 +26,13 @@ examples:
   python -m ldm.generate "a red fox in snow" --model FOLDER --steps 30 --sampler dpmpp_2m
   python -m ldm.generate --from fox.png                 the same picture again, bit for bit
   python -m ldm.generate --from fox.png --seed 8        the same recipe with another seed
+  python -m ldm.generate --prompts lines.jsonl --output many/
 
-The path of the picture is printed on standard output, everything else on standard error.
+A line of a .jsonl is such as {"prompt": "a fox", "name": "fox", "seed": 7, "steps": 30, "width": 512}; its
+keys are name, seed, and the options of what to draw and how that differ from picture to picture. Others hold
+for all lines. A second run draws what is missing, and torchrun or accelerate launch share out the lines.
+
+The path of the picture, or of the folder, is printed on standard output, everything else on standard error.
 Exit status: 0 done, 1 the machine failed, 2 the request cannot be met (nothing was written), 130 interrupted.
 """
 
@@ -66,11 +71,19 @@ WHAT: Table = {
         "metavar": "PNG",
         "help": "prompt and options of a picture; those given here win",
     },
+    "prompts": {
+        "metavar": "FILE",
+        "help": "draw each line of a .txt of prompts or .jsonl of objects into --output FOLDER; - is stdin",
+    },
     "negative-prompt": {"metavar": "TEXT", "help": "what the picture should not look like"},
     "width": {**PIXELS, "help": "a multiple of 8, at most 4096; the size the model was trained on is best"},
     "height": {**PIXELS, "help": "likewise"},
     "num-images": {**WHOLE, "help": "draw N, with seeds that follow each other, and a grid of them"},
-    "seed": {**WHOLE, "help": "0 to 2**63 - 1; the same seed gives the same picture; drawn if left out"},
+    "seed": {
+        **WHOLE,
+        "help": "0 to 2**63 - 1; the same seed gives the same picture; drawn if left out. With --prompts "
+        "line i has seed + i - 1, from 0 if left out",
+    },
 }
 HOW: Table = {
     "model": {
@@ -90,6 +103,10 @@ HOW: Table = {
         "choices": ["auto", *DTYPES],
         "help": "precision; auto is bf16 where the hardware has it, else fp32",
     },
+    "batch-size": {
+        **WHOLE,
+        "help": "pictures drawn together with --prompts; what suits the device if left out",
+    },
     "device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1 or mps; the fastest if left out"},
 }
 WHERE: Table = {
@@ -97,7 +114,10 @@ WHERE: Table = {
         "metavar": "PATH",
         "help": "a .png, or a folder; else here, named by the prompt and a counter",
     },
-    "overwrite": {**SWITCH, "help": "write over a picture that is there"},
+    "overwrite": {
+        **SWITCH,
+        "help": "write over a picture that is there; with --prompts over those made by another recipe",
+    },
     "show-steps": {**SWITCH, "help": "also write NAME-steps.png: how the picture came out of the noise"},
     "no-metadata": {**SWITCH, "help": "do not write the recipe into the picture"},
     "progress": {"choices": ["bar", "json", "none"], "help": "on standard error; else a bar on a terminal"},
@@ -131,6 +151,8 @@ def settle(args: argparse.Namespace) -> tuple[dict[str, Any], Recipe | None]:
     Raises ValueError for what cannot be.
     """
     recipe, settled = None, {}
+    if args.batch_size is not None:
+        raise ValueError("--batch-size has no effect without --prompts: leave it out")
     if args.source is not None:
         from ldm.picture import read_recipe
 
@@ -147,12 +169,6 @@ def settle(args: argparse.Namespace) -> tuple[dict[str, Any], Recipe | None]:
     settled |= {name: value for name, value in vars(args).items() if name in ours and value is not None}
     if settled.get("prompt") is None:
         raise ValueError('no prompt: python -m ldm.generate "a red fox in snow"')
-    for name in ("prompt", "negative_prompt"):
-        options.check_prompt(settled.get(name, ""), name)
-    options.check_steps(settled.get("steps", 1))
-    options.check_guidance(settled.get("guidance_scale", 1), settled.get("guidance_rescale", 0))
-    options.check_size(settled.get("height", 64), settled.get("width", 64))
-    options.check_count(settled.setdefault("num_images", 1))
-    options.check_seed(settled.get("seed", 0), settled["num_images"])
-    options.check_clip_skip(settled.get("clip_skip", 0))
+    settled.setdefault("num_images", 1)
+    options.check_request(settled)
     return settled, recipe

@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +21,12 @@ from ldm.picture import check_output, free_path, grid, save_picture
 from ldm.recipe import A1111, Recipe
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from ldm.pipeline import LatentDiffusionPipeline
 
 log = logging.getLogger(__name__)
 
-BUNDLED = "bundled"  # the name of the model that comes with the package
 STRIP = 8  # pictures of an image in the strip of --show-steps
 
 
@@ -49,16 +46,6 @@ def outputs(args: argparse.Namespace, prompt: str, count: int) -> list[Path]:
     for each in paths:
         check_output(each, overwrite=args.overwrite)
     return paths
-
-
-def find_device(name: str | None, recipe: Recipe | None) -> torch.device:
-    """The device by that name, that of the recipe, or the fastest. Raises ValueError if it is not here."""
-    from ldm.inputs import check_device, devices
-
-    here = devices()
-    if name is None and recipe is not None and recipe.device in here:
-        name = recipe.device
-    return check_device(name or here[0])
 
 
 def check_same(recipe: Recipe, source: Recipe, asked: str | None) -> None:
@@ -85,49 +72,20 @@ def prepare(
 
     Raises ValueError if there is no such sampler, device or model.
     """
-    import torch
-
-    import ldm
-    from ldm import pipeline, stock
-    from ldm.checkpoint import model_hash
-    from ldm.hub import find_folder
     from ldm.inputs import seeds_of
+    from ldm.loading import find_device, load
+    from ldm.many import usual
     from ldm.solvers import SOLVERS
 
     if "sampler" in settled:
         options.check_choice("sampler", settled["sampler"], SOLVERS)
-    device = find_device(args.device, source)
-    wanted = DTYPES.get(args.dtype) or (source.dtype if source and args.dtype is None else None)
-    options.check_choice("dtype", wanted or "float32", DTYPES.values())
-    dtype = getattr(torch, wanted) if wanted else pipeline.default_dtype(device)
-    model, variant = settled.get("model") or BUNDLED, settled.get("variant")
-    if model == BUNDLED and not pipeline.BUNDLED.is_dir():
-        raise ValueError("this installation carries no bundled model: name a folder or a hub id with --model")
+    device = find_device(args.device, source.device if source else None)
+    dtype = DTYPES.get(args.dtype) or (source.dtype if source and args.dtype is None else None)
     # what a picture names is fetched only when the user names it too
-    fetch = source is None or args.model is not None
-    folder = pipeline.BUNDLED if model == BUNDLED else find_folder(model, variant, fetch=fetch)
-    with ThreadPoolExecutor(1) as beside:  # hashing lets go of the interpreter
-        digest: Future[str] = beside.submit(model_hash, [folder / name for name in stock.MODELS], variant)
-        pipe = pipeline.LatentDiffusionPipeline.from_pretrained(folder, dtype=dtype, variant=variant)
-        pipe.to(device)
-    height, width = pipe.default_size
-    chosen: dict[str, Any] = {
-        "steps": pipe.defaults.num_inference_steps,
-        "guidance_scale": pipe.defaults.guidance_scale,
-        "guidance_rescale": pipe.defaults.guidance_rescale,
-        "sampler": pipe.defaults.sampler or pipe.scheduler.solver,
-        "height": height,
-        "width": width,
-        "seed": settled["seed"] if "seed" in settled else seeds_of(None, settled["num_images"])[0],
-    }
-    facts = {
-        "model": model,
-        "model_hash": digest.result(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device.type,
-        "version": ldm.__version__,
-        "torch": str(torch.__version__),
-    }
+    pipe, facts = load(settled, device, dtype, fetch=source is None or args.model is not None)
+    chosen = usual(pipe)
+    if "seed" not in settled:
+        chosen["seed"] = seeds_of(None, settled["num_images"])[0]
     recipe = Recipe(**chosen | settled | facts)
     options.check_size(recipe.height, recipe.width, pipe.vae.downsample_factor)
     if source is not None:
@@ -242,6 +200,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ldm.solvers import SOLVERS
 
             print("\n".join(f"{name:14}{A1111.get(name, '')}".rstrip() for name in SOLVERS))
+        elif args.prompts is not None:
+            from ldm.gallery import draw_gallery
+
+            print(draw_gallery(args))
         else:
             print(generate(args))
         return 0
@@ -256,7 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, RuntimeError) and "memory" not in text:
             raise
         message, status = (
-            f"error: out of memory; a smaller --width and --height, or --dtype bf16 ({text[:100]!r})",
+            "error: out of memory; a smaller --width and --height, --dtype bf16, or with --prompts a smaller "
+            f"--batch-size ({text[:100]!r})",
             1,
         )
     print(message, file=sys.stderr)

@@ -6,8 +6,9 @@ Imports no torch, so that a command line answers at once to what cannot be.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 MAX_SIDE = 4096  # pixels
 MAX_STEPS = 1000  # the training timesteps of every model of this family
@@ -74,6 +75,12 @@ def check_count(count: int, prompts: int = 1) -> None:
         raise ValueError(f"num_images={count!r}{of}: expected 1 to {MAX_IMAGES} images in a call")
 
 
+def check_batch_size(size: int) -> None:
+    """Raises ValueError unless size is a whole number from 1 to MAX_IMAGES."""
+    if not _whole(size) or not 1 <= size <= MAX_IMAGES:
+        raise ValueError(f"batch_size={size!r}: expected 1 to {MAX_IMAGES} pictures drawn together")
+
+
 def check_seed(seed: int, count: int = 1) -> None:
     """Raises ValueError unless seed and the count - 1 after it, one an image, are 0 to 2**63 - 1."""
     if not _whole(seed) or not 0 <= seed <= MAX_SEED - (count - 1):
@@ -99,6 +106,18 @@ def check_clip_skip(count: int) -> None:
     """Raises ValueError unless count is a whole number from 0; how many there are, the text encoder knows."""
     if not _whole(count) or count < 0:
         raise ValueError(f"clip_skip={count!r}: expected a number of layers to leave out, 0 or more")
+
+
+def check_request(values: Mapping[str, Any]) -> None:
+    """Raises ValueError unless these options of a picture, by Recipe's names, can be; what is absent can."""
+    for name in ("prompt", "negative_prompt"):
+        check_prompt(values.get(name, ""), name)
+    check_steps(values.get("steps", 1))
+    check_guidance(values.get("guidance_scale", 1), values.get("guidance_rescale", 0))
+    check_size(values.get("height", 64), values.get("width", 64))
+    check_count(values.get("num_images", 1))
+    check_seed(values.get("seed", 0), values.get("num_images", 1))
+    check_clip_skip(values.get("clip_skip", 0))
 
 
 def check_choice(name: str, value: object, known: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -19,9 +19,11 @@ from ldm import inputs, options, stock
 from ldm.checkpoint import Undrawn, has_variant, load_model, save_model
 from ldm.config import read_config, read_json, write_json
 from ldm.context import Context
+from ldm.devices import Movable, default_dtype
 from ldm.guidance import classifier_free, conditional
 from ldm.hub import find_folder
 from ldm.noise import Noise
+from ldm.requests import Request
 from ldm.sample import Step, trajectory
 from ldm.scheduler import Scheduler
 from ldm.solvers import SOLVERS, Tableau
@@ -49,14 +51,6 @@ class PipelineOutput(NamedTuple):
     cut: list[str]  # of each prompt, the end that did not fit the text encoder; "" where all did
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it: CUDA from Ampere on and CPUs with AMX; else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
-    amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if amx else torch.float32
-
-
 def to_pil(images: Tensor) -> list[Image.Image]:
     """PIL images of (B, 3, H, W) in [0, 1]."""
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -71,7 +65,7 @@ FORMATS: dict[OutputType, Callable[[Tensor], Any]] = {
 }
 
 
-class LatentDiffusionPipeline:
+class LatentDiffusionPipeline(Movable):
     """Text-to-image latent diffusion. A call changes nothing here, so threads may share a pipeline."""
 
     def __init__(
@@ -87,7 +81,6 @@ class LatentDiffusionPipeline:
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.unet, self.scheduler = unet, scheduler
         self.defaults = defaults or options.Defaults()
-        self._dtype_by_device = False  # from_pretrained chose the dtype: .to(device) chooses again
         self._progress: dict[str, Any] = {}
         stock.check_fit(vae, text_encoder, tokenizer, unet)
         options.check_choice("sampler", self.defaults.sampler or scheduler.solver, SOLVERS)
@@ -171,40 +164,6 @@ class LatentDiffusionPipeline:
             name: getattr(self, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
         }
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.unet.parameters()).dtype
-
-    def to(
-        self,
-        *places: str | torch.device | torch.dtype,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        memory_format: torch.memory_format | None = None,
-    ) -> Self:
-        """Moves all models in place, as diffusers: to("cuda"), to(torch.float16), to("cuda", torch.float16).
-
-        Where from_pretrained chose the dtype, a move to another kind of device chooses it anew.
-        """
-        for place in places:
-            if isinstance(place, torch.dtype):
-                dtype = place
-            else:
-                device = place
-        target = inputs.check_device(device) if device is not None else self.device
-        self._dtype_by_device &= dtype is None
-        if self._dtype_by_device:
-            dtype = default_dtype(target)
-        for model in (self.vae, self.text_encoder, self.unet):
-            model.to(device=target, dtype=dtype or next(model.parameters()).dtype)
-            if memory_format is not None:
-                model.to(memory_format=memory_format)  # type: ignore[call-overload]
-        return self
-
     def set_progress_bar_config(self, **config: Any) -> None:
         """Options of the tqdm bar, such as disable=True. It is shown where stderr is a terminal."""
         self._progress = config
@@ -234,7 +193,8 @@ class LatentDiffusionPipeline:
         options.check_clip_skip(clip_skip or 0)
         with Undrawn():
             encoder = self.text_encoder.drop_layers(clip_skip) if clip_skip else self.text_encoder
-        unique = {prompt: encoder(self.tokenizer([prompt]).to(self.device)) for prompt in set(prompts)}
+        with self._present(self.text_encoder):
+            unique = {prompt: encoder(self.tokenizer([prompt]).to(self.device)) for prompt in set(prompts)}
         return torch.cat([unique[prompt] for prompt in prompts])
 
     @torch.no_grad()
@@ -247,13 +207,14 @@ class LatentDiffusionPipeline:
             advice = "; use dtype=torch.float32" if self.dtype != torch.float32 else ""
             raise ValueError(f"the UNet's answer in {self.dtype} is not finite{advice}")
         rows = latents.float().split(1)
-        images = [self.vae.decode(row) for row in rows]
-        wrong = [index for index, image in enumerate(images) if not image.isfinite().all()]
-        if wrong and self.vae.dtype != torch.float32:
-            log.warning("the autoencoder overflows in %s: decoding in float32", self.vae.dtype)
-            exact = copy.deepcopy(self.vae).float()
-            for index in wrong:  # the others keep what they get alone
-                images[index] = exact.decode(rows[index])
+        with self._present(self.vae):
+            images = [self.vae.decode(row) for row in rows]
+            wrong = [index for index, image in enumerate(images) if not image.isfinite().all()]
+            if wrong and self.vae.dtype != torch.float32:
+                log.warning("the autoencoder overflows in %s: decoding in float32", self.vae.dtype)
+                exact = copy.deepcopy(self.vae).float()
+                for index in wrong:  # the others keep what they get alone
+                    images[index] = exact.decode(rows[index])
         if not all(image.isfinite().all() for image in images):
             raise ValueError("the decoded image is not finite: are the autoencoder's weights whole?")
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
@@ -310,8 +271,8 @@ class LatentDiffusionPipeline:
         denoise = conditional(predict, context, kind)
         if scale > 1:
             denoise = classifier_free(predict, context, uncond, scale, kind, rescale, guidance_interval)
-        steps_taken = trajectory(denoise, xt.to(self.device, torch.float32), tableau, noise)
-        for step in self._bar(steps_taken, len(tableau.steps)):
+        run = trajectory(self._present(self.unet)(denoise), xt.to(self.device).float(), tableau, noise)
+        for step in self._bar(run, len(tableau.steps)):
             xt = step.xt
             if callback_on_step_end is not None:
                 given = {key: step.x0 if key == "x0" else xt for key in callback_on_step_end_tensor_inputs}
@@ -319,6 +280,19 @@ class LatentDiffusionPipeline:
                 xt.copy_(inputs.check_answer(answer, xt))  # the trajectory goes on from this tensor
         images = FORMATS[output_type](xt if output_type == "latent" else self.decode(xt))
         return PipelineOutput(images, seeds, cut) if return_dict else (images, None)  # type: ignore[return-value]
+
+    def each(
+        self, requests: Iterable[Request], batch_size: int | None = None
+    ) -> Iterator[tuple[Request, Image.Image]]:
+        """Pictures as they are drawn: of each request, with all that it leaves open settled, a PIL image.
+
+        Alike requests are drawn together, whatever their order. batch_size: how many; None suits the device.
+        A picture is that of a call of its own with this seed, to 1/255; with batch_size=1 bit for bit.
+        Raises ValueError for what cannot be, before anything is drawn.
+        """
+        from ldm import many  # which imports this module
+
+        return many.each(self, requests, batch_size)
 
     def tableau(self, steps: int | None = None, sampler: str | None = None) -> Tableau:
         """The table that a call with these options follows. Raises ValueError if there is none."""

@@ -44,8 +44,6 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "requires_safe
 # What scripts for diffusers call and this pipeline does not have, each with what to do instead.
 ABSENT = {
     "enable_attention_slicing": "attention here never holds its whole matrix: leave it out",
-    "enable_model_cpu_offload": "the models stay where .to() puts them; to_diffusers() has offloading",
-    "enable_sequential_cpu_offload": "the models stay where .to() puts them; to_diffusers() has offloading",
     "enable_vae_tiling": "images are decoded whole, one at a time; to_diffusers().vae has tiling",
     "enable_freeu": "FreeU is not there; to_diffusers() has it",
     "load_lora_weights": "LoRA is not there yet; to_diffusers() has it, and shares its weights with this",

@@ -532,8 +532,8 @@ def test_methods_of_diffusers_say_what_they_do(pipe):
     pipe.enable_vae_slicing()
     pipe.disable_xformers_memory_efficient_attention()
     assert not hasattr(pipe, "enable_attention_slicing")
-    with pytest.raises(AttributeError, match=r"enable_model_cpu_offload: .*to_diffusers"):
-        pipe.enable_model_cpu_offload()
+    with pytest.raises(AttributeError, match=r"enable_vae_tiling: .*to_diffusers"):
+        pipe.enable_vae_tiling()
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = pipe.no_such_thing
 
