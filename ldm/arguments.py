@@ -107,6 +107,10 @@ HOW: Table = {
         **WHOLE,
         "help": "pictures drawn together with --prompts; what suits the device if left out",
     },
+    "optimize": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "compile what is faster compiled, for pictures that take minutes or lists of them",
+    },
     "device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1 or mps; the fastest if left out"},
 }
 WHERE: Table = {

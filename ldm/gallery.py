@@ -26,7 +26,7 @@ from ldm.recipe import Recipe
 from ldm.requests import Request, pack, read_requests
 
 # What may differ in the recipe of a picture that is there: its last bits, and what the model is called.
-NOTES = ("model", "variant", "device", "version", "torch")
+NOTES = ("model", "variant", "device", "optimize", "version", "torch")
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,15 @@ def load(
         digest: Future[str] = beside.submit(model_hash, [folder / name for name in stock.MODELS], variant)
         pipe = pipeline.LatentDiffusionPipeline.from_pretrained(folder, dtype=kind, variant=variant)
         pipe.to(device)
+        if settled.get("optimize"):
+            pipe.optimize()
     return pipe, {
         "model": model,
         "model_hash": digest.result(),
         "variant": variant,
         "dtype": str(kind).removeprefix("torch."),
         "device": device.type,
+        "optimize": pipe.optimized,
         "version": ldm.__version__,
         "torch": str(torch.__version__),
     }

@@ -1,17 +1,56 @@
-"""Layers that compute by native kernels, in models that are there: what `pipe.optimize()` does on a CPU."""
+"""What `pipe.optimize()` does: native kernels on a CPU, compiled models on an accelerator."""
 
 from __future__ import annotations
 
+import ctypes
 from functools import partial
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from autoencoder.layers import AttentionBlock, GroupNormSiLU, to_image, to_tokens
 from ldm import native
 from ldm.attention import GEGLU, CrossAttention, SelfAttentionBlock
 
+if TYPE_CHECKING:
+    from ldm.pipeline import LatentDiffusionPipeline
 
-def optimize(model: nn.Module) -> None:
+
+def optimize(pipe: LatentDiffusionPipeline) -> None:
+    """Whatever is faster where this pipeline is, equal to rounding and worth some waiting: see its optimize.
+
+    Raises ValueError, which says why and what to do, where nothing is or where it cannot be had.
+    """
+    if pipe.offloaded:
+        raise ValueError("optimize: offloaded models move for each use; call pipe.to(device) first")
+    if pipe.device.type == "cpu":
+        if pipe.dtype != torch.float32:
+            raise ValueError(
+                f"optimize: on a CPU it is for float32 and the models are {pipe.dtype}; load them with "
+                "dtype=torch.float32 (--dtype fp32)"
+            )
+        for model in (pipe.text_encoder, pipe.unet, pipe.vae):
+            use_kernels(model)
+        keep_memory()
+    else:
+        pipe.unet.compile(dynamic=False)
+        pipe.vae.decoder.compile(dynamic=False)
+
+
+def keep_memory() -> None:
+    """Lets this process keep the memory that it frees, where the C library is glibc.
+
+    Tensors of tens of megabytes come and go with every layer, and pages that the system takes back are
+    cleared before they are given again. It costs memory, as much again as the largest layers take.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+        mallopt(-4, 0)  # M_MMAP_MAX: nothing by pages of its own, which would go back
+
+
+def use_kernels(model: nn.Module) -> None:
     """Replaces the forward of layers, on these objects alone, by kernels for float32 on a CPU.
 
     Weights, names and types stay as they are, and so does what is computed in another type, on another device

@@ -82,6 +82,7 @@ class LatentDiffusionPipeline(Movable):
         self.unet, self.scheduler = unet, scheduler
         self.defaults = defaults or options.Defaults()
         self._progress: dict[str, Any] = {}
+        self.optimized = False
         stock.check_fit(vae, text_encoder, tokenizer, unet)
         options.check_choice("sampler", self.defaults.sampler or scheduler.solver, SOLVERS)
 
@@ -163,6 +164,19 @@ class LatentDiffusionPipeline(Movable):
         return {
             name: getattr(self, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
         }
+
+    def optimize(self) -> Self:
+        """Switches on what is faster here and costs some seconds first; pictures differ by rounding alone.
+
+        On a CPU, in float32: kernels in C++ that g++ compiles once for this machine, and memory that the
+        process keeps. On an accelerator: torch.compile, anew for every size and batch.
+        Raises ValueError, which says why and what to do, where it cannot be had.
+        """
+        from ldm.optimize import optimize  # only who asks for it needs it
+
+        optimize(self)
+        self.optimized = True
+        return self
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Options of the tqdm bar, such as disable=True. It is shown where stderr is a terminal."""

@@ -43,6 +43,7 @@ class Recipe:
     model_hash: str  # see checkpoint.model_hash
     variant: str | None = None
     dtype: str = "float32"
+    optimize: bool = False  # see LatentDiffusionPipeline.optimize
     device: str = "cpu"
     version: str = ""  # of this package
     torch: str = ""

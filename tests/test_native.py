@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm import native
 from ldm.native import build
-from ldm.optimize import optimize
+from ldm.optimize import use_kernels
+from ldm.picture import read_recipe
 from ldm.unet import UNet, UNetConfig
+from tests.tiny import tiny_pipeline
 
 try:
     native.check()
@@ -188,11 +191,11 @@ def unet() -> UNet:
 @torch.no_grad()
 def test_an_optimized_unet_answers_alike(unet):
     before, names = unet(*INPUTS), list(unet.state_dict())
-    optimize(unet)
+    use_kernels(unet)
     after = unet(*INPUTS)
     assert 0 < error(after, before.double()) < 1e-5
     assert list(unet.state_dict()) == names
-    optimize(unet)
+    use_kernels(unet)
     assert torch.equal(unet(*INPUTS), after)
     other = UNet(UNET)
     unet.load_state_dict(other.state_dict())  # nothing of the old weights was kept
@@ -202,7 +205,7 @@ def test_an_optimized_unet_answers_alike(unet):
 def test_gradients_and_other_types_are_left_to_torch(unet):
     torch.manual_seed(0)
     plain = UNet(UNET)
-    optimize(unet)
+    use_kernels(unet)
     for model in (plain, unet):
         model(*INPUTS).square().mean().backward()
     for (name, a), b in zip(plain.named_parameters(), unet.parameters(), strict=True):
@@ -227,9 +230,55 @@ def test_an_optimized_autoencoder_answers_alike():
     vae, image = AutoencoderKL(config), randn(2, 3, 18, 22)
     mean = vae.encode(image).mean
     before = mean, vae.decode(mean)
-    optimize(vae)
+    use_kernels(vae)
     for a, b in zip((vae.encode(image).mean, vae.decode(mean)), before, strict=True):
         assert 0 < error(a, b.double()) < 1e-5
+
+
+def test_an_optimized_pipeline_draws_the_same_picture_again_and_says_so(tmp_path, monkeypatch, capsys):
+    from ldm import generate
+
+    monkeypatch.setattr("ldm.optimize.keep_memory", lambda: None)  # it would be for all tests after this
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "model")
+    asked = {"height": 24, "width": 40, "num_inference_steps": 3, "seed": 5, "output_type": "pt"}
+    plain, fast = (each("a fox", **asked).images for each in (pipe, tiny_pipeline().optimize()))
+    assert 0 < (plain - fast).abs().max() < 1 / 255
+    monkeypatch.chdir(tmp_path)
+    first = ["a fox", "--model", "model", "--optimize", "--width=40", "--height=24", "--steps=3"]
+    again = ["--from", "first.png", "--output", "again.png", "--model", "model"]
+    for arguments in ([*first, "--output", "first.png"], again):
+        assert generate.main(arguments) == 0
+    assert read_recipe(tmp_path / "again.png") == read_recipe(tmp_path / "first.png")
+    assert read_recipe(tmp_path / "again.png").optimize
+    pictures = [Image.open(tmp_path / f"{name}.png").tobytes() for name in ("first", "again")]
+    assert pictures[0] == pictures[1]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_memory_that_is_kept_need_not_be_cleared_again():
+    code = """
+import resource, sys, torch
+from ldm.optimize import keep_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+plain = [faults() for _ in range(3)]
+keep_memory()
+print(plain[2], [faults() for _ in range(3)][2])
+"""
+    root = Path(__file__).parents[1]
+    told = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    plain, kept = map(int, told.stdout.split())
+    assert plain > 10_000 or sys.platform != "linux"
+    assert kept < plain / 10
+
+
+def test_what_cannot_be_optimized_says_why():
+    with pytest.raises(ValueError, match=r"for float32 and the models are torch.bfloat16.*--dtype fp32"):
+        tiny_pipeline().to(torch.bfloat16).optimize()
 
 
 @pytest.fixture
