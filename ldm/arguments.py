@@ -109,7 +109,7 @@ HOW: Table = {
     },
     "optimize": {
         "action": argparse.BooleanOptionalAction,
-        "help": "compile what is faster compiled, for pictures that take minutes or lists of them",
+        "help": "first compile what is then faster; on a CPU large models are, where there is g++",
     },
     "device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1 or mps; the fastest if left out"},
 }

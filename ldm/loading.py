@@ -14,6 +14,7 @@ from ldm.arguments import DTYPES
 from ldm.checkpoint import model_hash
 from ldm.hub import find_folder
 from ldm.inputs import check_device, devices
+from ldm.optimize import pays
 
 BUNDLED = "bundled"  # the name of the model that comes with the package
 
@@ -48,7 +49,8 @@ def load(
         digest: Future[str] = beside.submit(model_hash, [folder / name for name in stock.MODELS], variant)
         pipe = pipeline.LatentDiffusionPipeline.from_pretrained(folder, dtype=kind, variant=variant)
         pipe.to(device)
-        if settled.get("optimize"):
+        asked = settled.get("optimize")
+        if pays(pipe) if asked is None else asked:
             pipe.optimize()
     return pipe, {
         "model": model,

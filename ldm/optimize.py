@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,10 @@ from ldm.attention import GEGLU, CrossAttention, SelfAttentionBlock
 
 if TYPE_CHECKING:
     from ldm.pipeline import LatentDiffusionPipeline
+
+log = logging.getLogger(__name__)
+
+LARGE = 100_000_000  # parameters of a UNet whose pictures take minutes
 
 
 def optimize(pipe: LatentDiffusionPipeline) -> None:
@@ -36,6 +41,20 @@ def optimize(pipe: LatentDiffusionPipeline) -> None:
     else:
         pipe.unet.compile(dynamic=False)
         pipe.vae.decoder.compile(dynamic=False)
+
+
+def pays(pipe: LatentDiffusionPipeline) -> bool:
+    """Whether the command line does it unasked: for pictures that take long on a CPU, where there is g++."""
+    if pipe.device.type != "cpu" or pipe.dtype != torch.float32:
+        return False
+    if sum(weight.numel() for weight in pipe.unet.parameters()) < LARGE:
+        return False
+    try:
+        native.check()
+    except ValueError as error:
+        log.warning("drawn without native kernels, which would be faster: %s", error)
+        return False
+    return True
 
 
 def keep_memory() -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm import native
 from ldm.native import build
-from ldm.optimize import use_kernels
+from ldm.optimize import pays, use_kernels
 from ldm.picture import read_recipe
 from ldm.unet import UNet, UNetConfig
 from tests.tiny import tiny_pipeline
@@ -254,6 +254,16 @@ def test_an_optimized_pipeline_draws_the_same_picture_again_and_says_so(tmp_path
     pictures = [Image.open(tmp_path / f"{name}.png").tobytes() for name in ("first", "again")]
     assert pictures[0] == pictures[1]
     assert capsys.readouterr().err == ""
+
+
+def test_large_models_on_a_cpu_are_optimized_unasked(monkeypatch):
+    pipe = tiny_pipeline()
+    assert not pays(pipe)
+    monkeypatch.setattr("ldm.optimize.LARGE", 1000)
+    assert pays(pipe)
+    assert not pays(tiny_pipeline().to(torch.bfloat16))
+    monkeypatch.setattr(native, "check", lambda: (_ for _ in ()).throw(ValueError("no compiler")))
+    assert not pays(pipe)
 
 
 @pytest.mark.slow
