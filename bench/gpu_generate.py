@@ -33,7 +33,7 @@ from autoencoder.layers import scaled_dot_product
 from bench.measure import hardware, matmul_rate, seconds, table
 from bench.models import SD1, narrower, unet_flop, write_pipeline
 from bench.rows import Make, Result, Row, Settings, chosen, race, reason, start
-from bench.sides import Ours, OursCompiled, OursGraphed, OursOptimized, Theirs, TheirsCompiled
+from bench.sides import Ours, OursCompiled, OursGraphed, OursOptimized, Theirs, TheirsFastest
 from ldm.attention import CrossAttention, SelfAttention, memory_efficient
 from ldm.unet import UNet, UNetConfig
 
@@ -61,7 +61,7 @@ ROWS: dict[str, Make] = {
     "ours, CUDA graph of a step": OursGraphed,
     "ours, CUDA graph of a compiled step": partial(OursGraphed, mode="max-autotune-no-cudagraphs"),
     "diffusers, bf16": partial(Theirs, dtype=HALF),
-    "diffusers, bf16, fastest recipe": partial(TheirsCompiled, mode="max-autotune", dtype=HALF, fused=True),
+    "diffusers, bf16, fastest recipe": TheirsFastest,
 }
 
 
