@@ -6,7 +6,7 @@
 
 Random weights, the same for all. Each row is a process of its own and they take turns. Memory is the peak of
 the whole process in a call. The relative error is to our pipeline in float32. OpenVINO takes part where it is
-installed (pip install openvino), bf16 where the CPU multiplies it.
+installed (pip install -c constraints.txt openvino), bf16 where the CPU multiplies it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,22 @@ from bench.sides import Ours, OursCompiled, OursOptimized, Theirs, TheirsCompile
 from ldm.pipeline import default_dtype
 
 
+class Bare(torch.nn.Module):
+    """The UNet as a function of tensors to a tensor."""
+
+    def __init__(self, unet: torch.nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, xt: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return self.unet(xt, t, context, return_dict=False)[0]
+
+
 class TheirsOpenVINO(Theirs):
     """diffusers' pipeline with its UNet converted to OpenVINO. static: for one shape, compiled for each."""
 
     def __init__(self, settings: Settings, *, static: bool) -> None:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # or it reports its use
         try:
             import openvino
         except ImportError:
@@ -64,17 +76,6 @@ class TheirsOpenVINO(Theirs):
                 model.reshape(dict(zip(model.inputs, map(list, shapes))))
             self.compiled[key] = self.core.compile_model(model, "CPU")
         return self.compiled[key]
-
-
-class Bare(torch.nn.Module):
-    """The UNet as a function of tensors to a tensor."""
-
-    def __init__(self, unet: torch.nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, xt: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return self.unet(xt, t, context, return_dict=False)[0]
 
 
 def rows() -> dict[str, Make]:
