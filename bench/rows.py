@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench import measure
+from bench import kernels, measure
 
-# Imported once; every process of a row then begins with them.
+# Imported once on the CPU; every process of a row then begins with them.
 PRELOADED = ["torch", "accelerate", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"]
 
 
@@ -73,12 +73,14 @@ def serve(line: Connection, make: Make, settings: Settings) -> None:
 
 
 def answer(side: Side, question: str, what: str, batch: int, *, device: torch.device, warm_up: int) -> Any:
-    """What a side computes, as float32, after some calls that are not counted; or its time, or its memory."""
+    """What a side computes, as float32, after calls that are not counted; or time, memory, profile of one."""
     call = lambda: side.call(what, batch)
     if question == "seconds":
         return measure.seconds(call, device)
     if question == "memory":
         return measure.peak_bytes(call, device)
+    if question == "profile":
+        return kernels.shares(call, device)
     for _ in range(warm_up):
         call()
     return call().float().cpu().numpy()
@@ -95,8 +97,10 @@ class Row:
     """A side in its own process, seen from the parent. why: it gives no answers, "" where it does."""
 
     def __init__(self, name: str, make: Make, settings: Settings) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        # A fork of a process that has looked for GPUs cannot use them, and libraries look when imported.
+        context = multiprocessing.get_context("forkserver" if settings.device == "cpu" else "spawn")
+        if settings.device == "cpu":
+            context.set_forkserver_preload(PRELOADED)
         self.name, self.why = name, ""
         self.line, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, make, settings))
