@@ -266,7 +266,14 @@ def train_seconds(bench: Bench, ranks: int, batch: int) -> float:
     return json.loads(run.stdout.strip().splitlines()[-1])["seconds"]
 
 
-CURVES = (over_steps, over_batches, over_sides, memory, encoding, over_ranks)
+CURVES: dict[str, Callable[[Bench], Plot]] = {
+    "steps": over_steps,
+    "batches": over_batches,
+    "sides": over_sides,
+    "memory": memory,
+    "encoding": encoding,
+    "ranks": over_ranks,
+}
 
 
 # the page
@@ -308,11 +315,11 @@ def page(plot: Plot) -> str:
 
 
 def measure_all(bench: Bench, output: Path) -> Iterator[str]:
-    for curve in CURVES:
+    for name in bench.options.curves:
         try:
-            plot = curve(bench)
+            plot = CURVES[name](bench)
         except Unavailable as error:
-            print(f"{curve.__name__} is left out: {error}", flush=True)
+            print(f"{name} is left out: {error}", flush=True)
             continue
         draw(plot, output / f"{plot.name}.png")
         part = page(plot)
@@ -331,6 +338,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, default=BUNDLED, help="pipeline folder; default the bundled model"
     )
+    parser.add_argument("--curves", nargs="*", choices=CURVES, default=list(CURVES), help="default all")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder for pictures and page")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")

@@ -173,7 +173,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_pipeline(size, Path(folder))
         for pixels in map(int, options.sizes.split(",")):
-            settings = Settings(Path(folder), options.device, pixels, 0, torch.get_num_threads(), warm_up=3)
+            threads, warm_up = torch.get_num_threads(), 1 if options.tiny else 3
+            settings = Settings(Path(folder), options.device, pixels, 0, threads, warm_up)
             trained = [train(name, make, settings, options.steps) for name, make in makes.items()]
             flop = training_flop(size.unet, options.batch, pixels)
             show(trained, pixels, options.batch, flop, rate)
