@@ -1,0 +1,64 @@
+"""Where the time of a call goes, by groups of kernels, as torch.profiler sees it."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from bench.measure import Call
+
+CALLS = 3  # that are looked at
+# What the names of a group's kernels have, on CUDA, or its operators, on the CPU. The first that fits counts.
+GROUPS = {
+    "optimizer": r"adam|foreach|multi_tensor|vector_norm",  # with clipping and the average of the weights
+    "attention": r"fmha|flash|attention|softmax",
+    "convolution": r"conv(?!ert)|fprop|dgrad|wgrad|implicit_gemm|im2col|winograd|to_?n(chw|hwc)",
+    "norm": r"(group|layer|batch|rms)_?norm|moments|welford|gamma|fusedparams|internalgradients",
+    "matmul": r"gemm|gemv|addmm|\bb?mm\b|matmul|cutlass|nvjet|splitk|linear",
+    "elementwise": r"elementwise|vectorized|reduce|triton|copy|memcpy|memset|cat|fill|zero|upsample"
+    r"|aten::(add|sub|mul|div|silu|gelu|sum|mean|exp|pow|neg|sqrt|sin|cos|clamp|where|index|mse)",
+}
+OTHER, IDLE = "other", "idle"
+
+
+class Share(NamedTuple):
+    """Of the wall-clock time of a call."""
+
+    groups: dict[str, float]  # with what fits no group, and the time in which nothing ran
+    others: list[str]  # the names of the largest that fit none
+
+
+def group_of(name: str) -> str:
+    found = (group for group, words in GROUPS.items() if re.search(words, name, re.IGNORECASE))
+    return next(found, OTHER)
+
+
+def shares(call: Call, device: torch.device) -> Share:
+    """Of some calls. On a GPU its kernels are timed; on the CPU operators, without those that they call."""
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    wait()
+    with profile(activities=activities) as run:
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        wait()
+        wall = 1e6 * (time.perf_counter() - begin)  # microseconds, as below
+    wanted = DeviceType.CUDA if cuda else DeviceType.CPU
+    spent: Counter[str] = Counter()
+    for event in run.key_averages():
+        if event.device_type == wanted and not event.is_user_annotation:
+            spent[event.key] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    groups: Counter[str] = Counter()
+    for name, microseconds in spent.items():
+        groups[group_of(name)] += microseconds
+    groups[IDLE] = max(wall - groups.total(), 0)
+    others = [name for name, _ in spent.most_common() if group_of(name) == OTHER]
+    return Share({name: groups[name] / wall for name in (*GROUPS, OTHER, IDLE)}, others[:5])
