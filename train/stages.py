@@ -12,13 +12,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, TypeVar
 
+from accelerate import PartialState
+
 from train.autoencoding import AutoencoderRecipe, Autoencoding
 from train.config import is_recipe, read_recipe
 from train.contrastive import Contrastive, ContrastiveRecipe
 from train.diffusion import DiffusionRecipe, LatentDiffusion, start_folder
 from train.encoding import compute_latents
 from train.latents import Latents, autoencoder_folder
-from train.loop import fit
+from train.loop import cpu_only, fit
+from train.plan import split_batch
 from train.record import minutes, training_seconds
 from train.state import FitConfig, Task
 from train.text import build_text_encoder, tell_lengths
@@ -46,6 +49,7 @@ def train_stages(recipe: DiffusionRecipe) -> Iterator[Passed]:
     Ends after a stage that stopped early. Raises ValueError for what the recipe got wrong.
     """
     words = recipe.text_encoder.path
+    check_batches(recipe)
     if words and not is_recipe(words):
         build_text_encoder(recipe.text_encoder, [])  # a folder that holds none is found out now
     start_folder(recipe)  # likewise
@@ -73,6 +77,17 @@ def train_stages(recipe: DiffusionRecipe) -> Iterator[Passed]:
     task = LatentDiffusion(recipe, autoencoder, latents)
     tell_lengths(task.tokenizer, latents.captions.values())
     yield trained("UNet", task, recipe)
+
+
+def check_batches(recipe: DiffusionRecipe) -> None:
+    """Raises ValueError if the ranks cannot share the batches of a stage: not after days of another stage."""
+    stages: list[FitConfig] = [recipe]
+    if is_recipe(recipe.autoencoder):
+        stages.append(autoencoder_stage(recipe))
+    if is_recipe(recipe.text_encoder.path):
+        stages.append(text_encoder_stage(recipe))
+    for stage in stages:
+        split_batch(stage.batch_size, PartialState(cpu=cpu_only()).num_processes, stage.micro_batch)
 
 
 def trained(name: str, task: Task, config: FitConfig) -> Passed:
