@@ -36,6 +36,7 @@ from train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 MAX_BAD_STEPS = 10  # non-finite gradients in a row before the run gives up
+ONE_SAMPLE = "set gradient_checkpointing where the recipe has it, a smaller data.size or a smaller model"
 
 
 def fit(task: Task, config: FitConfig) -> Outcome:
@@ -162,9 +163,11 @@ def train_step(
     state.step += 1
     record.add(state.step, {**values, "grad_norm": norm.detach()}, rate, state.step - state.updates)
     if state.bad >= MAX_BAD_STEPS:
+        bad = range(state.step - state.bad, state.step)
+        told = record.bad_batches({step + 1: [draw.index for draw in plan.batch(step)] for step in bad})
         raise RunFailed(
-            f"{state.bad} steps in a row had non-finite gradients, the last at step {state.step}. The last "
-            f"good checkpoint is {record.last_good or 'none'}; try a lower optim.lr, or precision: fp32"
+            f"{state.bad} steps in a row had non-finite gradients, the last at step {state.step}{told}. The "
+            f"last good checkpoint is {record.last_good or 'none'}; try a lower optim.lr, or precision: fp32"
         )
 
 
@@ -178,10 +181,13 @@ def memory_advice(plan: Plan, state: State, record: Record) -> Iterator[None]:
         if not short:
             raise
         share = plan.batch_size // plan.ranks // plan.micro_batches
+        less = next((size for size in range(share // 2, 0, -1) if share % size == 0), None)
+        bucket = f" of bucket {plan.turn(state.step).bucket + 1} of {len(plan.buckets)}"
         raise RunFailed(
-            f"out of memory at step {state.step}, with {share} samples at a time on each of {plan.ranks} "
-            f"ranks: set micro_batch={max(1, share // 2)}, which computes the same batch in more parts. The "
-            f"last good checkpoint is {record.last_good or 'none'} ({str(error).splitlines()[:1]})"
+            f"out of memory at step {state.step}, with {share} samples at a time"
+            f"{bucket if len(plan.buckets) > 1 else ''} on each of {plan.ranks} ranks: "
+            + (f"set micro_batch={less}, which computes the same batch in more parts" if less else ONE_SAMPLE)
+            + f". The last good checkpoint is {record.last_good or 'none'} ({str(error).splitlines()[:1]})"
         ) from error
 
 
