@@ -168,6 +168,9 @@ class LatentDiffusion:
             "objective": {**to_mapping(recipe.objective), "weight": recipe.objective.loss_weight},
         }
 
+    def contents(self) -> Mapping[str, str]:
+        return self.latents.contents()
+
     def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
         """x0, noise, perturbation (B, C, h, w), t (B,), tokens (B, N) or (B, K, N) in chunks: each a function
         of the draw alone, so a caption has all K chunks whatever the others of its batch fill."""

@@ -48,6 +48,7 @@ class Plan:
     ranks: int = 1
     micro_batch: int = 0  # samples a rank computes at a time; 0: its whole share
     held_out: int = 0  # samples, evenly spread, that are in no batch
+    first: int = 0  # step at which the first epoch of these buckets begins
     micro_batches: int = field(init=False, default=1)  # micro-batches a rank adds up in one optimizer step
     trained: Sequence[Sequence[int]] = field(init=False)  # of each bucket, without what is held out
     validation: Sequence[Sequence[int]] = field(init=False)  # what is held out, by bucket
@@ -88,7 +89,7 @@ class Plan:
 
     def turn(self, step: int) -> Turn:
         """Whose batch that of `step` is."""
-        return turn_of(tuple(len(bucket) for bucket in self.trained), self.seed, step)
+        return turn_of(tuple(len(bucket) for bucket in self.trained), self.seed, step - self.first)
 
     def order(self, bucket: int, epoch: int) -> Tensor:
         """The permutation of a bucket's samples in one epoch: (n,) int64. The last two of each are kept."""

@@ -59,14 +59,21 @@ def train_stages(recipe: DiffusionRecipe) -> Iterator[Passed]:
         if passed.exit_code:
             return
     autoencoder, cache = autoencoder_of(recipe), cache_of(recipe)
-    begin, before = time.monotonic(), count_shards(cache)
-    latents = compute_latents(recipe.data, autoencoder, cache, masks=recipe.objective.mask_weight != 1)
-    computed = count_shards(cache) - before
+    begin, before = time.monotonic(), shards_in(cache)
+    latents = compute_latents(
+        recipe.data,
+        autoencoder,
+        cache,
+        masks=recipe.objective.mask_weight != 1,
+        accept_new_data=recipe.accept_new_data and recipe.latents is None,
+    )
+    shards = shards_in(cache)
+    computed = len(shards - before)
     spent = time.monotonic() - begin
     how = "done already"
     if computed:
-        how = f"{computed} of {before + computed} shards computed now in {minutes(spent)}"
-    yield Passed("latents", describe(latents), how, cache, spent if computed and not before else None)
+        how = f"{computed} of {len(shards)} shards computed now in {minutes(spent)}"
+    yield Passed("latents", describe(latents), how, cache, spent if computed == len(shards) else None)
     if is_recipe(words):
         second = text_encoder_stage(recipe)
         yield (passed := trained("text encoder", Contrastive(second, autoencoder, latents), second))
@@ -131,8 +138,9 @@ def cache_of(recipe: DiffusionRecipe) -> Path:
     return Path(recipe.latents or Path(recipe.output, "latents"))
 
 
-def count_shards(cache: Path) -> int:
-    return len(list(cache.glob("latents-*.safetensors")))
+def shards_in(cache: Path) -> set[tuple[str, int]]:
+    """Name and time of each shard, in nanoseconds: one that is computed anew is another."""
+    return {(path.name, path.stat().st_mtime_ns) for path in cache.glob("latents-*.safetensors")}
 
 
 def describe(latents: Latents) -> str:
@@ -161,4 +169,5 @@ def stage_of(recipe: DiffusionRecipe, stage: RecipeT, name: str) -> RecipeT:
         output=str(Path(recipe.output, name)),
         precision=recipe.precision,
         max_minutes=recipe.max_minutes,
+        accept_new_data=recipe.accept_new_data,
     )
