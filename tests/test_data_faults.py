@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import shutil
 import struct
 import tracemalloc
 import zlib
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import save_model
 from tests.test_buckets import VAE
 from tests.test_data import picture, write_jsonl
-from tests.test_fit import OPTIM
+from tests.test_fit import OPTIM, losses, state, stop_at
 from tests.test_tars import png, write_tar
 from train import encoding
 from train.autoencoding import AutoencoderRecipe, Autoencoding
@@ -76,7 +78,12 @@ FAULTS = {
         "test_data_faults.test_a_stale_cache_is_refused_with_both_hashes",
         "test_data_faults.test_a_cut_shard_is_named_and_it_alone_is_computed_again",
     ),
-    "changed data set": ("test_data_faults.test_a_run_does_not_go_on_with_a_changed_data_set",),
+    "changed data set": (
+        "test_data_faults.test_a_run_does_not_go_on_with_a_changed_data_set",
+        "test_data_faults.test_new_data_is_accepted_by_name_and_exact_from_there",
+        "test_data_faults.test_latents_of_other_data_are_computed_anew_if_asked",
+        "test_run.test_all_stages_go_on_with_new_data",
+    ),
     "remote shard": (
         "test_tars.test_a_remote_place_is_asked_again_and_then_named",
         "test_tars.test_encoding_that_a_remote_place_ended_goes_on",
@@ -337,6 +344,73 @@ def test_a_run_does_not_go_on_with_a_changed_data_set(folder, tmp_path):
             ValueError, match=r"is of another run; (.|\n)* data: 5 pictures.* then, \d pictures"
         ):
             fit(Autoencoding(recipe), recipe)
+
+
+def test_new_data_is_accepted_by_name_and_exact_from_there(folder, tmp_path, caplog):
+    """What changed is told, an epoch of what there is now begins, and a run in two parts is one."""
+    base = AutoencoderRecipe(
+        output="later",
+        steps=10,
+        batch_size=2,
+        data=DataConfig(source=str(folder), size=16),
+        model=VAE,
+        optim=OPTIM,
+        measured=1,
+        sample_every=0,
+    )
+
+    def train(name: str, stop_after: int = 0, **options: Any) -> list[int]:
+        """The samples of the steps of this process."""
+        recipe, seen = replace(base, output=str(tmp_path / name), **options), []
+        task = Autoencoding(recipe)
+        stop_at(task, stop_after)
+        plain = task.batch
+        task.batch = lambda draws: seen.extend(draw.index for draw in draws) or plain(draws)
+        fit(task, recipe)
+        return seen
+
+    train("run", stop_after=3)
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    (folder / "0.png").unlink()
+    (folder / "0.txt").unlink()
+    (folder / "1.txt").write_text("another caption")
+    for name in ("new", "other"):
+        picture(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name)
+    with pytest.raises(ValueError, match=r"is of another run; (.|\n)*there are now: --accept-new-data"):
+        train("run")
+    with pytest.raises(
+        ValueError, match=r"batch_size: 2 then, 4 now\n(.|\n)*lets buckets, data, samples differ"
+    ):
+        train("run", batch_size=4, accept_new_data=True)
+    with caplog.at_level(logging.INFO, logger="train"):
+        seen = train("whole", accept_new_data=True)
+    assert sorted(seen[:6]) == list(range(6))
+    assert "goes on from step 3 with new data" in caplog.text
+    for line in ("2 added: new.png, other.png", "1 removed: 0.png", "1 with another file or caption: 1.png"):
+        assert f"\n  {line}\n" in caplog.text
+    train("run", stop_after=6, accept_new_data=True)
+    train("run")
+    assert state(tmp_path / "run", 10) == state(tmp_path / "whole", 10)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_latents_of_other_data_are_computed_anew_if_asked(folder, vae, tmp_path):
+    data, cache = DataConfig(source=str(folder), size=16), tmp_path / "latents"
+    compute_latents(data, vae, cache)
+    (folder / "0.png").unlink()
+    (folder / "0.txt").unlink()
+    with pytest.raises(ValueError, match="holds the latents of another data"):
+        compute_latents(data, vae, cache)
+    anew = compute_latents(data, vae, cache, accept_new_data=True)
+    assert set(anew.contents()) == {f"{k}.png" for k in range(1, 5)}
+    assert torch.equal(anew.buckets[0].mean, compute_latents(data, vae, tmp_path / "fresh").buckets[0].mean)
+    before = sorted(path.stat().st_mtime_ns for path in cache.iterdir())
+    compute_latents(data, vae, cache, accept_new_data=True)
+    assert sorted(path.stat().st_mtime_ns for path in cache.iterdir()) == before
+    save_model(AutoencoderKL(VAE), vae)
+    with pytest.raises(ValueError, match="holds the latents of another autoencoder"):
+        compute_latents(data, vae, cache, accept_new_data=True)
 
 
 def test_sizes_are_read_once(folder, tmp_path):

@@ -75,6 +75,9 @@ class Toy:
         self.seen: list[int] = []
         self.validated: list[int] = []
 
+    def contents(self) -> dict[str, str]:
+        return {}
+
     def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
         self.seen += [draw.index for draw in draws]
         if draws[0].step + 1 == self.stop_after:

@@ -134,6 +134,14 @@ def test_held_out_samples_are_sorted_by_bucket():
         assert sorted([*trained, *held]) == list(bucket)
 
 
+def test_buckets_that_came_later_begin_with_their_first_epoch():
+    """The samples are those of the first steps; what is drawn for them is not."""
+    plan, later = (Plan(BUCKETS, batch_size=4, seed=5, first=first) for first in (0, 37))
+    for step in range(30):
+        assert indices(later.batch(37 + step)) == indices(plan.batch(step))
+    assert later.batch(37)[0].step == 37
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -88,6 +88,23 @@ def test_one_command_from_pictures_to_a_report(recipes, capsys):
     assert "measured now" in capsys.readouterr().out.splitlines()[4]
 
 
+@pytest.mark.slow
+def test_all_stages_go_on_with_new_data(recipes, capsys):
+    """Those that are done stay as they are, the latents are computed anew, and the UNet learns from these."""
+    asked = [*QUICK, "--data.length", "8", "--steps", "4"]
+    assert run.main([str(recipes), *QUICK]) == 0
+    with pytest.raises(ValueError, match="--accept-new-data"):
+        run.main([str(recipes), *asked])
+    capsys.readouterr()
+    assert run.main([str(recipes), *asked, "--accept-new-data"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    for line, how in zip(told, ("done already", "computed now", "done already", "trained now from step 2")):
+        assert how in line
+    assert "8 pictures" in told[1]
+    asked = ["--config", str(recipes), *asked[len(QUICK) :]]
+    assert train_ldm.main([*asked, "--accept-new-data"]) == 0
+
+
 def test_what_is_measured_was_not_trained_on():
     held = choose(range(10, 40), held_out=6, count=4)
     assert len(held.indices) == 4

@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_fit import OPTIM, diffusion_recipe, latents
+from autoencoder.vae import AutoencoderKL
+from ldm.checkpoint import save_model
+from tests.test_fit import OPTIM, VAE, diffusion_recipe, latents, losses, state, stop_at
 from train.config import from_mapping, to_mapping
+from train.data import DataConfig
 from train.diffusion import DiffusionRecipe, LatentDiffusion, start_folder
+from train.encoding import compute_latents
 from train.latents import autoencoder_folder
 from train.loop import fit
+from train.plan import Draw
 from train.text import TextConfig
 
 
@@ -66,6 +71,77 @@ def test_a_run_starts_from_the_export_of_another(stock, tiny_pipeline):
     assert task.unet.config.sample_size == 99
     assert torch.equal(task.unet.conv_in.weight, tiny_pipeline.unet.conv_in.weight)
     assert not any(p.is_meta for p in task.unet.parameters())
+
+
+class Killed(BaseException):
+    """As kill -9: nothing is saved for it."""
+
+
+def train(recipe: DiffusionRecipe, autoencoder: Path, stop_after: int = 0, killed: str | int = "") -> None:
+    """One process of a stage. killed: in the step of that number, or in the export, when all is written."""
+    folder = autoencoder.parent / f"latents-{recipe.data.size}"
+    task = LatentDiffusion(recipe, autoencoder, compute_latents(recipe.data, autoencoder, folder))
+    stop_at(task, stop_after)
+    batch, export = task.batch, task.export
+
+    def killing_batch(draws: list[Draw]) -> dict[str, torch.Tensor]:
+        if draws[0].step + 1 == killed:
+            raise Killed
+        return batch(draws)
+
+    def killing_export(folder: Path) -> None:
+        export(folder)
+        if killed == "export":
+            raise Killed
+
+    task.batch, task.export = killing_batch, killing_export
+    fit(task, recipe)
+
+
+@pytest.mark.slow
+def test_two_resolutions_in_pieces_are_the_two_in_one(tmp_path):
+    """The second goes on from the first at twice the pixels a side; both are stopped, and killed between."""
+    save_model(AutoencoderKL(VAE), tmp_path / "autoencoder")
+
+    def stages(name: str) -> tuple[DiffusionRecipe, DiffusionRecipe]:
+        run = tmp_path / name
+        first = diffusion_recipe(run / "first", steps=6, data=DataConfig(size=16, length=6))
+        second = replace(
+            first,
+            output=str(run / "second"),
+            start=str(run / "first"),
+            text_encoder=TextConfig(path=str(run / "first/model"), train=False),
+            data=DataConfig(size=32, length=6),
+            unet=replace(first.unet, sample_size=16),
+            steps=9,
+            save_every=3,
+        )
+        return first, second
+
+    for recipe in stages("whole"):
+        train(recipe, tmp_path / "autoencoder")
+    first, second = stages("pieces")
+    train(first, tmp_path / "autoencoder", stop_after=4)
+    with pytest.raises(Killed):
+        train(first, tmp_path / "autoencoder", killed="export")
+    with pytest.raises(ValueError, match=r"start='.*first' is a run that has not come to its end: give its"):
+        train(second, tmp_path / "autoencoder")
+    train(first, tmp_path / "autoencoder")
+    with pytest.raises(Killed):
+        train(second, tmp_path / "autoencoder", killed=5)
+    train(second, tmp_path / "autoencoder", stop_after=7)
+    train(second, tmp_path / "autoencoder")
+    for name, steps in (("first", 6), ("second", 9)):
+        whole, pieces = tmp_path / "whole" / name, tmp_path / "pieces" / name
+        assert state(pieces, steps) == state(whole, steps)
+        assert losses(pieces) == losses(whole)
+        assert weights(pieces) == weights(whole)
+    assert weights(tmp_path / "whole/first") != weights(tmp_path / "whole/second")
+
+
+def weights(run: Path) -> list[bytes]:
+    """Of the UNet that a run exported."""
+    return [path.read_bytes() for path in sorted((run / "model/unet").glob("*.safetensors"))]
 
 
 def test_another_unet_or_none_is_refused_before_its_weights_are_read(stock, tiny_pipeline, caplog):

@@ -107,6 +107,7 @@ ENDS = """
 import os, signal, sys, time
 from pathlib import Path
 from tests.test_fit import Toy, toy_config
+from train import checkpoint
 from train.loop import fit
 from train.stop import GRACE
 
@@ -114,6 +115,8 @@ class Ending(Toy):
     def batch(self, draws):
         if draws[0].step == 8 and sys.argv[2] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if draws[0].step == 8 and sys.argv[2] == "kill in a save":
+            checkpoint.fsync = lambda path: os.kill(os.getpid(), signal.SIGKILL)
         if draws[0].step == 8 and sys.argv[2] == "interrupt twice":
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(GRACE + 0.5)
@@ -137,14 +140,20 @@ def ending(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "code"), [("kill", -9), ("interrupt twice", 130)])
+@pytest.mark.parametrize(("how", "code"), [("kill", -9), ("kill in a save", -9), ("interrupt twice", 130)])
 def test_an_end_between_saves_loses_steps_and_nothing_else(ending, tmp_path, how, code):
-    """The second Ctrl-C ends at once; then, as after kill -9, the last checkpoint is whole."""
+    """The second Ctrl-C ends at once; then, as after kill -9, the last checkpoint is whole.
+
+    A kill within a save leaves its half, which is neither gone on from nor kept.
+    """
     assert subprocess.run([sys.executable, *ending, how]).returncode == code
+    left = sorted(path.name.split("-")[1] for path in (tmp_path / "run/checkpoints").iterdir())
+    assert left == ["00000006", *(["00000012.tmp"] if how == "kill in a save" else [])]
     fit(Toy(), toy_config(tmp_path / "run"))
     fit(Toy(), toy_config(tmp_path / "whole"))
     assert state(tmp_path / "run", 20) == state(tmp_path / "whole", 20)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert not list((tmp_path / "run/checkpoints").glob("*.tmp-*"))
 
 
 @pytest.mark.slow

@@ -132,6 +132,9 @@ class Autoencoding:
             raise ValueError(f"start: the autoencoder in {folder} is not of the recipe's model: {vae.config}")
         return vae
 
+    def contents(self) -> Mapping[str, str]:
+        return self.squares.source.contents()
+
     def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
         """What Reconstruction takes in this step: each a function of the draws alone."""
         data, adversary = self.recipe.data, self.recipe.adversary

@@ -102,7 +102,12 @@ class Contrastive:
         self.buckets = [bucket.indices for bucket in latents.buckets]
         self.vae = load_model(AutoencoderKL, autoencoder).requires_grad_(False)
         torch.manual_seed(recipe.seed)  # initial weights
-        encoder, self.tokenizer = build_text_encoder(recipe.text_encoder, list(latents.captions.values()))
+        learned = Path(recipe.output, "model", "tokenizer")  # by this run, where it is at its end
+        encoder, self.tokenizer = build_text_encoder(
+            recipe.text_encoder,
+            list(latents.captions.values()),
+            learned if recipe.accept_new_data and learned.is_dir() else None,
+        )
         if self.tokenizer.chunks > 1:
             raise ValueError(
                 f"text_encoder.chunks={self.tokenizer.chunks}: captions are compared by one chunk; "
@@ -119,6 +124,9 @@ class Contrastive:
             "text_encoder": text_facts(recipe.text_encoder, encoder, self.tokenizer),
             "tower": list(recipe.tower),
         }
+
+    def contents(self) -> Mapping[str, str]:
+        return self.latents.contents()
 
     def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
         """x0 (B, C, h, w), tokens (B, L) and index (B,), of the same scenes."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -18,24 +18,10 @@ from train.captions import Captions, captions_of, plain, read_captions, tell_kin
 from train.pictures import UNREADABLE, opacity, open_checked, tell_rejected, upright, upright_size
 from train.scenes import SceneSource
 from train.sizes import find_sizes
+from train.source import Source
 from train.tars import Tars, holds_only_tars
 
 STYLES = ("shapes", "pictograms")
-
-
-class Source(Protocol):
-    """Captioned pictures by index; `description` changes whenever what an index holds may have changed."""
-
-    description: str
-    rejected: dict[str, str]  # what cannot be used and is left out, and why
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> tuple[Image.Image, Captions]: ...
-    def mask(self, index: int) -> Image.Image:
-        """What the picture is about, 255, and what is around it, 0: greys (L) of the picture's size."""
-
-    def size(self, index: int) -> Size:
-        """Of the picture, in pixels, without decoding it. Raises ValueError if it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +151,9 @@ class Scenes:
     def size(self, index: int) -> Size:
         return Size(self.scenes.size, self.scenes.size)
 
+    def contents(self) -> dict[str, str]:
+        return {}  # `description` says all
+
 
 class ImageFolder:
     """Pictures in a folder with captions in metadata.jsonl, .csv or .parquet, or a .txt beside each picture.
@@ -187,9 +176,12 @@ class ImageFolder:
                 self.rejected[name] = str(error)
         tell_rejected(str(folder), self.rejected, len(captions), config.max_bad_fraction)
         digest = hashlib.sha256()
+        self.digests: list[str] = []  # of each entry
         for name, texts in self.entries:
             content = [name, (folder / name).stat().st_size, plain(texts, config.kinds)]
-            digest.update(json.dumps(content, sort_keys=True).encode())
+            told = json.dumps(content, sort_keys=True).encode()
+            digest.update(told)
+            self.digests.append(hashlib.sha256(told).hexdigest()[:16])
         self.description = (
             f"{len(self.entries)} pictures, {config.size} px, contents {digest.hexdigest()[:16]}"
         )
@@ -206,6 +198,9 @@ class ImageFolder:
 
     def size(self, index: int) -> Size:
         return self.sizes[index]
+
+    def contents(self) -> dict[str, str]:
+        return {name: digest for (name, _), digest in zip(self.entries, self.digests, strict=True)}
 
     def read(self, name: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
         """What `convert` makes of a file. Raises ValueError if the file cannot be decoded."""
@@ -278,6 +273,9 @@ class HubDataset:
                 return upright_size(image)
         except UNREADABLE as error:
             raise self.undecodable(index, error) from error
+
+    def contents(self) -> dict[str, str]:
+        return {}  # rows have no names
 
     def read(
         self, index: int, convert: Callable[[Image.Image], Image.Image]

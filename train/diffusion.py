@@ -91,7 +91,7 @@ def build_unet(recipe: DiffusionRecipe) -> UNet:
 def start_folder(recipe: DiffusionRecipe) -> Path | None:
     """The folder of the UNet that recipe.start names, without a look at its weights.
 
-    Raises ValueError if there is none, or if it is not of the recipe's UNet.
+    Raises ValueError if there is none, if a run has not finished it, or if it is not of the recipe's UNet.
     """
     if recipe.start is None:
         return None
@@ -101,6 +101,10 @@ def start_folder(recipe: DiffusionRecipe) -> Path | None:
     if folder is None:
         raise ValueError(
             f"start={recipe.start!r} holds no UNet: name a pipeline folder, a run or a UNet's own"
+        )
+    if (start / "checkpoints").is_dir() and not (start / "exported.json").is_file():
+        raise ValueError(
+            f"start={recipe.start!r} is a run that has not come to its end: give its command again first"
         )
     found = read_config(UNetConfig, read_json(folder / "config.json"), folder / "config.json")
     differ = [
@@ -167,6 +171,9 @@ class LatentDiffusion:
             "text_encoder": text_facts(recipe.text_encoder, self.text_encoder, self.tokenizer),
             "objective": {**to_mapping(recipe.objective), "weight": recipe.objective.loss_weight},
         }
+
+    def contents(self) -> Mapping[str, str]:
+        return self.latents.contents()
 
     def batch(self, draws: list[Draw]) -> dict[str, Tensor]:
         """x0, noise, perturbation (B, C, h, w), t (B,), tokens (B, N) or (B, K, N) in chunks: each a function

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -27,11 +27,12 @@ from ldm.config import read_json, replacing, write_json
 from train.buckets import Size, crop_corner, frame, views
 from train.captions import Captions
 from train.checkpoint import weights_sha256
-from train.data import DataConfig, Source, open_source, sort_source
+from train.data import DataConfig, open_source, sort_source
 from train.latents import CacheKey, Latents, Shard, read_header, read_latents
 from train.loop import cpu_only
 from train.pictures import tell_rejected, to_tensor
 from train.record import minutes
+from train.source import Source
 
 log = logging.getLogger(__name__)
 SHARD = 4096  # pictures a file
@@ -39,10 +40,13 @@ BATCH = 32  # views of pictures encoded at a time
 TELL_EVERY = 30  # seconds between lines of progress, where there is no bar
 
 
-def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bool = False) -> Latents:
+def compute_latents(
+    data: DataConfig, autoencoder: Path, folder: Path, masks: bool = False, accept_new_data: bool = False
+) -> Latents:
     """The latents of the data by this autoencoder, read from `folder`, where missing ones are computed first.
 
     masks: with the share of each latent cell that is of what the picture is about, a file of its own a shard.
+    accept_new_data: latents of other data by the same autoencoder are deleted and computed anew.
     Ranks share the shards. Raises ValueError, with both sides, if `folder` holds latents of something else.
     """
     state = PartialState(cpu=cpu_only())
@@ -50,12 +54,7 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bo
     buckets = sort_source(source, data, folder / "sizes.safetensors")
     vae = load_model(AutoencoderKL, autoencoder).to(state.device)
     vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for size in [*buckets.sizes, Size(data.size, data.size)]:  # the last for the pictures of a preview
-        if size.width % vae.downsample_factor or size.height % vae.downsample_factor:
-            raise ValueError(
-                f"pictures of {size} are not multiples of {vae.downsample_factor} pixels, the autoencoder's "
-                "factor: mend data.size or data.side_multiple"
-            )
+    check_sizes([*buckets.sizes, Size(data.size, data.size)], vae)  # the last for the pictures of a preview
     counts = [[*size, len(members)] for size, members in zip(buckets.sizes, buckets.members, strict=True)]
     key = CacheKey(
         encoder_sha256(vae),
@@ -67,6 +66,9 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bo
         data.flip,
         sorted(data.kinds),
     )
+    if accept_new_data and state.is_main_process:
+        delete_stale(folder, key)
+    state.wait_for_everyone()  # no rank checks a key that is about to go
     check_key(folder, key)
     if state.is_main_process and not (folder / "cache.json").exists():
         write_json(folder / "cache.json", asdict(key))
@@ -92,13 +94,29 @@ def compute_latents(data: DataConfig, autoencoder: Path, folder: Path, masks: bo
     state.wait_for_everyone()
     latents, undecodable = read_latents(folder, key, shards, masks, data.captions)
     rejected = {f"picture {index}": why for index, why in {**buckets.unreadable, **undecodable}.items()}
-    every = {**source.rejected, **rejected}
-    if state.is_main_process and every:
-        lines = [json.dumps({"picture": name, "why": why}) + "\n" for name, why in every.items()]
-        with replacing(folder / "rejected.jsonl") as path:
-            path.write_text("".join(lines), encoding="utf-8")
+    if state.is_main_process:
+        list_rejected(folder / "rejected.jsonl", {**source.rejected, **rejected})
     tell_rejected(data.source, rejected, len(rejected) + len(latents), data.max_bad_fraction)
+    latents.contents = source.contents
     return latents
+
+
+def check_sizes(sizes: Sequence[Size], vae: AutoencoderKL) -> None:
+    """Raises ValueError if pictures of a size give no whole number of latent cells."""
+    for size in sizes:
+        if size.width % vae.downsample_factor or size.height % vae.downsample_factor:
+            raise ValueError(
+                f"pictures of {size} are not multiples of {vae.downsample_factor} pixels, the autoencoder's "
+                "factor: mend data.size or data.side_multiple"
+            )
+
+
+def list_rejected(path: Path, rejected: Mapping[str, str]) -> None:
+    """Leave a line for each picture that cannot be used, if there is one, that says why."""
+    lines = [json.dumps({"picture": name, "why": why}) + "\n" for name, why in rejected.items()]
+    if lines:
+        with replacing(path) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
 
 
 class Progress:
@@ -139,6 +157,21 @@ class Progress:
         """Seconds since the beginning, and pictures in each."""
         seconds = max(time.monotonic() - self.began, 1e-9)
         return seconds, self.done / seconds
+
+
+def delete_stale(folder: Path, key: CacheKey) -> None:
+    """Delete the latents in `folder` if they are of other data, and of that alone.
+
+    The key comes last: what a kill leaves is still stale.
+    """
+    path = folder / "cache.json"
+    have = read_json(path) if path.exists() else {}
+    differ = {name for name, want in asdict(key).items() if have.get(name, want) != want}
+    if "data" in differ and differ <= {"data", "buckets"}:
+        log.info("deleting the latents in %s: they are of %s", folder, have["data"])
+        for pattern in ("latents-*.safetensors", "masks-*.safetensors", "rejected.jsonl", path.name):
+            for stale in folder.glob(pattern):
+                stale.unlink()
 
 
 def check_key(folder: Path, key: CacheKey) -> None:

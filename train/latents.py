@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -68,6 +68,7 @@ class Latents:
         """captions: by index. chances: of each of them, added up to 1; None: all of a picture are alike."""
         self.buckets, self.key = buckets, key
         self.captions, self.chances = dict(sorted(captions.items())), chances
+        self.contents: Callable[[], dict[str, str]] = dict  # of the source: a hash of each picture, by name
         self.places = {
             index: (number, row)
             for number, one in enumerate(buckets)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ldm.noise import key
 from ldm.pipeline import default_dtype
-from train.checkpoint import find_checkpoint
 from train.command import RunFailed
 from train.config import to_mapping
 from train.ema import EMA, classic, power
@@ -29,6 +28,7 @@ from train.optim import build_optimizer, learning_rate
 from train.plan import Plan
 from train.readahead import ReadAhead
 from train.record import Record, open_run
+from train.resume import facts, machine, resume
 from train.saving import Saver, snapshot
 from train.state import FitConfig, Outcome, State, Task
 from train.stop import StopRequest
@@ -36,6 +36,7 @@ from train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 MAX_BAD_STEPS = 10  # non-finite gradients in a row before the run gives up
+ONE_SAMPLE = "set gradient_checkpointing where the recipe has it, a smaller data.size or a smaller model"
 
 
 def fit(task: Task, config: FitConfig) -> Outcome:
@@ -73,6 +74,7 @@ def fit(task: Task, config: FitConfig) -> Outcome:
         state, wrapped = prepare(task, config, accelerator)
         dog.listen(state.module)
         resume(state, task, config, record, accelerator)
+        plan = replace(plan, first=state.data_since)
         with ReadAhead(task, plan, accelerator.process_index, state.step, workers(config)) as batches:
             while state.step < config.steps and not stop.agreed():
                 with memory_advice(plan, state, record):
@@ -162,9 +164,11 @@ def train_step(
     state.step += 1
     record.add(state.step, {**values, "grad_norm": norm.detach()}, rate, state.step - state.updates)
     if state.bad >= MAX_BAD_STEPS:
+        bad = range(state.step - state.bad, state.step)
+        told = record.bad_batches({step + 1: [draw.index for draw in plan.batch(step)] for step in bad})
         raise RunFailed(
-            f"{state.bad} steps in a row had non-finite gradients, the last at step {state.step}. The last "
-            f"good checkpoint is {record.last_good or 'none'}; try a lower optim.lr, or precision: fp32"
+            f"{state.bad} steps in a row had non-finite gradients, the last at step {state.step}{told}. The "
+            f"last good checkpoint is {record.last_good or 'none'}; try a lower optim.lr, or precision: fp32"
         )
 
 
@@ -178,10 +182,13 @@ def memory_advice(plan: Plan, state: State, record: Record) -> Iterator[None]:
         if not short:
             raise
         share = plan.batch_size // plan.ranks // plan.micro_batches
+        less = next((size for size in range(share // 2, 0, -1) if share % size == 0), None)
+        bucket = f" of bucket {plan.turn(state.step).bucket + 1} of {len(plan.buckets)}"
         raise RunFailed(
-            f"out of memory at step {state.step}, with {share} samples at a time on each of {plan.ranks} "
-            f"ranks: set micro_batch={max(1, share // 2)}, which computes the same batch in more parts. The "
-            f"last good checkpoint is {record.last_good or 'none'} ({str(error).splitlines()[:1]})"
+            f"out of memory at step {state.step}, with {share} samples at a time"
+            f"{bucket if len(plan.buckets) > 1 else ''} on each of {plan.ranks} ranks: "
+            + (f"set micro_batch={less}, which computes the same batch in more parts" if less else ONE_SAMPLE)
+            + f". The last good checkpoint is {record.last_good or 'none'} ({str(error).splitlines()[:1]})"
         ) from error
 
 
@@ -224,72 +231,6 @@ def choose_precision(precision: str) -> str:
         native = default_dtype(torch.device("cpu" if cpu_only() else "cuda"))
         return "bf16" if native == torch.bfloat16 else "no"
     return {"fp32": "no", "bf16": "bf16"}[precision]
-
-
-def facts(task: Task, config: FitConfig) -> dict[str, Any]:
-    """What a resumed run must share with the run it goes on from."""
-    samples = sum(map(len, task.buckets)) - config.validation_samples
-    return {
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "samples": samples,
-        "ema_widths": list(config.ema_widths),
-        **task.facts,
-    }
-
-
-def resume(state: State, task: Task, config: FitConfig, record: Record, accelerator: Accelerator) -> None:
-    """Put the newest checkpoint, if there is one, into `state`."""
-    checkpoint = find_checkpoint(record.checkpoints, config.resume)
-    if checkpoint is None:
-        record.start(0, None)
-        return
-    now, then = facts(task, config), checkpoint.state["facts"]
-    differ = sorted(name for name in then if not agree(then[name], now.get(name)))
-    if differ:
-        rows = "\n".join(f"  {name}: {then.get(name, '-')} then, {now.get(name, '-')} now" for name in differ)
-        raise ValueError(
-            f"{checkpoint.path} is of another run; set these back or choose another output:\n{rows}"
-        )
-    changed = differences(checkpoint.state["config"], to_mapping(config))
-    if changed:
-        record.say("goes on with changed settings:\n" + "\n".join(changed))
-    for name, value in machine(accelerator).items():
-        if checkpoint.state["machine"].get(name) != value:
-            before = checkpoint.state["machine"].get(name)
-            record.say(f"resumed with {name} {value}, saved with {before}: not bit for bit the same run")
-    state.load(checkpoint)
-    record.start(state.step, checkpoint.path)
-
-
-def agree(then: Any, now: Any) -> bool:
-    """Whether a fact of a checkpoint still holds. What it does not mention was added since, and is off."""
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        return all(name in now and agree(value, now[name]) for name, value in then.items())
-    return bool(then == now)
-
-
-def differences(then: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
-    """A line for each setting, at any depth, that two mappings do not share."""
-    lines = []
-    for name in sorted(then.keys() | now.keys()):
-        old, new = then.get(name), now.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differences(old, new, f"{where}{name}.")
-        elif old != new:
-            lines.append(f"  {where}{name}: {old} then, {new} now")
-    return lines
-
-
-def machine(accelerator: Accelerator) -> dict[str, Any]:
-    """What decides the last bits of a sum."""
-    return {
-        "torch": torch.__version__,
-        "device": accelerator.device.type,
-        "precision": accelerator.mixed_precision,
-        "ranks": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-    }
 
 
 def make_saver(task: Task, config: FitConfig, record: Record, accelerator: Accelerator) -> Saver:

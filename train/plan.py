@@ -48,6 +48,7 @@ class Plan:
     ranks: int = 1
     micro_batch: int = 0  # samples a rank computes at a time; 0: its whole share
     held_out: int = 0  # samples, evenly spread, that are in no batch
+    first: int = 0  # step at which the first epoch of these buckets begins
     micro_batches: int = field(init=False, default=1)  # micro-batches a rank adds up in one optimizer step
     trained: Sequence[Sequence[int]] = field(init=False)  # of each bucket, without what is held out
     validation: Sequence[Sequence[int]] = field(init=False)  # what is held out, by bucket
@@ -62,18 +63,8 @@ class Plan:
         trained, validation = hold_out(self.buckets, self.held_out)
         object.__setattr__(self, "trained", trained)
         object.__setattr__(self, "validation", validation)
-        share, rest = divmod(self.batch_size, self.ranks)
-        if rest or share < 1:
-            raise ValueError(
-                f"batch_size={self.batch_size} is not divisible by {self.ranks} ranks: "
-                f"use {max(1, share) * self.ranks} or {(share + 1) * self.ranks}"
-            )
-        if self.micro_batch and share % self.micro_batch:
-            raise ValueError(
-                f"micro_batch={self.micro_batch} does not divide the {share} samples that a rank has in a "
-                f"step (batch_size={self.batch_size}, {self.ranks} ranks)"
-            )
-        object.__setattr__(self, "micro_batches", share // self.micro_batch if self.micro_batch else 1)
+        micro_batches = split_batch(self.batch_size, self.ranks, self.micro_batch)
+        object.__setattr__(self, "micro_batches", micro_batches)
 
     def batch(self, step: int) -> list[Draw]:
         """The global batch of optimizer step `step`, from 0."""
@@ -87,7 +78,7 @@ class Plan:
 
     def draws(self, step: int, positions: range) -> list[Draw]:
         """The samples at some places of the global batch of `step`."""
-        turn = turn_of(tuple(len(bucket) for bucket in self.trained), self.seed, step)
+        turn = self.turn(step)
         bucket = self.trained[turn.bucket]
         draws = []
         for position in positions:
@@ -95,6 +86,10 @@ class Plan:
             index = bucket[int(self.order(turn.bucket, epoch)[place])]
             draws.append(Draw(index, step, position, self.batch_size, self.seed))
         return draws
+
+    def turn(self, step: int) -> Turn:
+        """Whose batch that of `step` is."""
+        return turn_of(tuple(len(bucket) for bucket in self.trained), self.seed, step - self.first)
 
     def order(self, bucket: int, epoch: int) -> Tensor:
         """The permutation of a bucket's samples in one epoch: (n,) int64. The last two of each are kept."""
@@ -104,6 +99,22 @@ class Plan:
                 kept.pop(min(kept), None)
             kept[epoch] = permutation(len(self.trained[bucket]), self.seed, epoch)
         return kept[epoch]
+
+
+def split_batch(batch_size: int, ranks: int, micro_batch: int) -> int:
+    """How many micro-batches a rank adds up in a step. Raises ValueError if a batch has no such parts."""
+    share, rest = divmod(batch_size, ranks)
+    if rest or share < 1:
+        raise ValueError(
+            f"batch_size={batch_size} is not divisible by {ranks} ranks: "
+            f"use {max(1, share) * ranks} or {(share + 1) * ranks}"
+        )
+    if micro_batch and share % micro_batch:
+        raise ValueError(
+            f"micro_batch={micro_batch} does not divide the {share} samples that a rank has in a "
+            f"step (batch_size={batch_size}, {ranks} ranks)"
+        )
+    return share // micro_batch if micro_batch else 1
 
 
 class Turn(NamedTuple):

@@ -73,6 +73,9 @@ class Unrecorded:
     def add(self, step: int, values: Mapping[str, Tensor], rate: float, skipped: int) -> None:
         pass
 
+    def bad_batches(self, batches: Mapping[int, list[int]]) -> str:
+        return ""
+
 
 def show_plan(stages: Iterable[Stage], price: float) -> None:
     """Prints what each stage takes, and all of them. price: of an hour of one rank, in any currency."""

@@ -6,11 +6,14 @@ import fcntl
 import json
 import logging
 import math
+import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -125,6 +128,21 @@ class Record:
         except OSError as error:
             log.warning("%s misses lines up to step %s: %s", self.metrics, lines[-1]["step"], error)
 
+    def bad_batches(self, batches: Mapping[int, Sequence[int]]) -> str:
+        """Leave the samples of batches, by step, in bad_batches.json; returns words that say where they are.
+
+        batches: indices in the source, which encode_latents.py and rejected.jsonl count alike, from 0.
+        """
+        path = self.folder / "bad_batches.json"
+        try:
+            if self.accelerator.is_main_process:
+                write_json(
+                    path, {"steps": [{"step": step, "samples": each} for step, each in batches.items()]}
+                )
+        except OSError as error:
+            return f", and {path}, which would list their samples, cannot be written: {error}"
+        return f"; their samples are listed in {path}"
+
     def track(self, line: Mapping[str, Any]) -> None:
         """Hand the newest line to the tracker."""
         values = {name: value for name, value in line.items() if name != "step"}
@@ -230,17 +248,23 @@ def open_run(folder: Path, config: Any, accelerator: Accelerator) -> Iterator[Re
         yield record
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
+        record.checkpoints.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=record.checkpoints):  # what refuses it now would refuse hours of training
+            lock = (folder / "lock").open("a+")
     except OSError as error:
         raise ValueError(f"output={folder} cannot be written: {error}") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends
         except OSError:
+            lock.seek(0)
             raise ValueError(
-                f"another run is writing {folder}: wait for it or choose another output"
+                f"another run is writing {folder}: {lock.read() or 'it does not say which'}; wait for it or "
+                "choose another output"
             ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
         try:
             yield record
         finally:

@@ -66,7 +66,8 @@ class Saver:
         self.settle(wait=self.pool is None)
 
     def story(self, state: State) -> dict[str, Any]:
-        return {"updates": state.updates, "bad": state.bad, **self.about}
+        counters = {"updates": state.updates, "bad": state.bad, "data_since": state.data_since}
+        return {**counters, **self.about}
 
     def write(self, step: int, tensors: Tensors, about: Mapping[str, Any]) -> Path:
         path = save_checkpoint(self.record.checkpoints, step, tensors, about)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,9 +13,7 @@ from tqdm import tqdm
 
 from ldm.config import replacing
 from train.buckets import Size
-
-if TYPE_CHECKING:
-    from train.data import Source
+from train.source import Source
 
 Sizes = tuple[dict[int, Size], dict[int, str]]  # by index in the source; and why other pictures have none
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from train.buckets import Size, View, frame
-from train.data import DataConfig, Source, open_source
+from train.data import DataConfig, open_source
 from train.pictures import tell_rejected, to_tensor
+from train.source import Source
 
 
 class Squares:

@@ -12,13 +12,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, TypeVar
 
+from accelerate import PartialState
+
 from train.autoencoding import AutoencoderRecipe, Autoencoding
 from train.config import is_recipe, read_recipe
 from train.contrastive import Contrastive, ContrastiveRecipe
 from train.diffusion import DiffusionRecipe, LatentDiffusion, start_folder
 from train.encoding import compute_latents
 from train.latents import Latents, autoencoder_folder
-from train.loop import fit
+from train.loop import cpu_only, fit
+from train.plan import split_batch
 from train.record import minutes, training_seconds
 from train.state import FitConfig, Task
 from train.text import build_text_encoder, tell_lengths
@@ -46,6 +49,7 @@ def train_stages(recipe: DiffusionRecipe) -> Iterator[Passed]:
     Ends after a stage that stopped early. Raises ValueError for what the recipe got wrong.
     """
     words = recipe.text_encoder.path
+    check_batches(recipe)
     if words and not is_recipe(words):
         build_text_encoder(recipe.text_encoder, [])  # a folder that holds none is found out now
     start_folder(recipe)  # likewise
@@ -55,14 +59,21 @@ def train_stages(recipe: DiffusionRecipe) -> Iterator[Passed]:
         if passed.exit_code:
             return
     autoencoder, cache = autoencoder_of(recipe), cache_of(recipe)
-    begin, before = time.monotonic(), count_shards(cache)
-    latents = compute_latents(recipe.data, autoencoder, cache, masks=recipe.objective.mask_weight != 1)
-    computed = count_shards(cache) - before
+    begin, before = time.monotonic(), shards_in(cache)
+    latents = compute_latents(
+        recipe.data,
+        autoencoder,
+        cache,
+        masks=recipe.objective.mask_weight != 1,
+        accept_new_data=recipe.accept_new_data and recipe.latents is None,
+    )
+    shards = shards_in(cache)
+    computed = len(shards - before)
     spent = time.monotonic() - begin
     how = "done already"
     if computed:
-        how = f"{computed} of {before + computed} shards computed now in {minutes(spent)}"
-    yield Passed("latents", describe(latents), how, cache, spent if computed and not before else None)
+        how = f"{computed} of {len(shards)} shards computed now in {minutes(spent)}"
+    yield Passed("latents", describe(latents), how, cache, spent if computed == len(shards) else None)
     if is_recipe(words):
         second = text_encoder_stage(recipe)
         yield (passed := trained("text encoder", Contrastive(second, autoencoder, latents), second))
@@ -73,6 +84,17 @@ def train_stages(recipe: DiffusionRecipe) -> Iterator[Passed]:
     task = LatentDiffusion(recipe, autoencoder, latents)
     tell_lengths(task.tokenizer, latents.captions.values())
     yield trained("UNet", task, recipe)
+
+
+def check_batches(recipe: DiffusionRecipe) -> None:
+    """Raises ValueError if the ranks cannot share the batches of a stage: not after days of another stage."""
+    stages: list[FitConfig] = [recipe]
+    if is_recipe(recipe.autoencoder):
+        stages.append(autoencoder_stage(recipe))
+    if is_recipe(recipe.text_encoder.path):
+        stages.append(text_encoder_stage(recipe))
+    for stage in stages:
+        split_batch(stage.batch_size, PartialState(cpu=cpu_only()).num_processes, stage.micro_batch)
 
 
 def trained(name: str, task: Task, config: FitConfig) -> Passed:
@@ -116,8 +138,9 @@ def cache_of(recipe: DiffusionRecipe) -> Path:
     return Path(recipe.latents or Path(recipe.output, "latents"))
 
 
-def count_shards(cache: Path) -> int:
-    return len(list(cache.glob("latents-*.safetensors")))
+def shards_in(cache: Path) -> set[tuple[str, int]]:
+    """Name and time of each shard, in nanoseconds: one that is computed anew is another."""
+    return {(path.name, path.stat().st_mtime_ns) for path in cache.glob("latents-*.safetensors")}
 
 
 def describe(latents: Latents) -> str:
@@ -146,4 +169,5 @@ def stage_of(recipe: DiffusionRecipe, stage: RecipeT, name: str) -> RecipeT:
         output=str(Path(recipe.output, name)),
         precision=recipe.precision,
         max_minutes=recipe.max_minutes,
+        accept_new_data=recipe.accept_new_data,
     )

@@ -34,6 +34,7 @@ class FitConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of the computation; auto: bf16 where it is native
     channels_last: bool = True  # memory layout of the convolutions
     workers: int | None = None  # threads that read ahead; 0: read in the loop; null: 0 on the CPU, else 1
+    accept_new_data: bool = False  # go on though pictures came or went, with an epoch of those there are now
     resume: str = "auto"  # auto: the newest intact checkpoint; none: only if there is none; or a path
     max_minutes: float | None = None  # of the process; then save and exit 75
     watchdog_minutes: float | None = 30.0  # without progress; then all stacks and exit 76; null: never
@@ -93,6 +94,7 @@ class Task(Protocol):
 
     facts: Mapping[str, Any]  # JSON; what may not change when a run is resumed: shapes, data, objective
 
+    def contents(self) -> Mapping[str, str]: ...  # a hash of each picture, by name; none where they have none
     def batch(self, draws: list[Draw]) -> dict[str, Tensor]: ...  # on the CPU; may run in another thread
     def validate(self, buckets: Sequence[Sequence[int]]) -> Mapping[str, float]: ...  # always the same noise
     def preview(self) -> Image.Image: ...  # with the weights that the module holds now
@@ -124,6 +126,7 @@ class State:
     step: int = 0  # batches seen
     updates: int = 0  # optimizer steps made; fewer than `step` where gradients were not finite
     bad: int = 0  # non-finite gradients in a row
+    data_since: int = 0  # batches seen before the data was what it is: its first epoch begins there
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return {
@@ -147,3 +150,4 @@ class State:
         load_optimizer_tensors(self.optimizer, self.module, checkpoint.tensors["optimizer"])
         self.step, self.updates = checkpoint.step, checkpoint.state["updates"]
         self.bad = checkpoint.state["bad"]
+        self.data_since = checkpoint.state.get("data_since", 0)  # older checkpoints know no other

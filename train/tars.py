@@ -78,7 +78,8 @@ class Tars:
         self.entries = [(index.path, sample) for index in self.indices for sample in index.samples]
         tell_rejected(source, self.rejected, len(self.entries) + len(self.rejected), max_bad_fraction)
         tell_kinds(source, (sample.captions for _, sample in self.entries), kinds)
-        content = [(one.name, one.length, plain(one.captions, kinds)) for _, one in self.entries]
+        self.kinds = kinds
+        content = [self.content(one) for _, one in self.entries]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         self.description = f"{len(self.entries)} pictures in {len(paths)} tars, contents {digest[:16]}"
 
@@ -93,6 +94,16 @@ class Tars:
 
     def size(self, index: int) -> Size:
         return self.entries[index][1].size
+
+    def content(self, sample: TarSample) -> tuple[Any, ...]:
+        """What tells a sample from another, as far as the index of its tar knows."""
+        return sample.name, sample.length, plain(sample.captions, self.kinds)
+
+    def contents(self) -> dict[str, str]:
+        told = {
+            f"{path}: {one.name}": json.dumps(self.content(one), sort_keys=True) for path, one in self.entries
+        }
+        return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in told.items()}
 
     def read(self, index: int, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
         """What `convert` makes of a picture. Raises ValueError if it cannot be decoded."""

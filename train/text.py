@@ -69,9 +69,12 @@ def text_facts(config: TextConfig, encoder: CLIPTextEncoder, tokenizer: Tokenize
 
 
 def build_text_encoder(
-    config: TextConfig, captions: Iterable[list[str]]
+    config: TextConfig, captions: Iterable[list[str]], learned: Path | None = None
 ) -> tuple[CLIPTextEncoder, Tokenizer]:
-    """The text encoder and its tokenizer, read or new; a new tokenizer learns the captions."""
+    """The text encoder and its tokenizer, read or new; a new tokenizer learns the captions.
+
+    learned: folder of one that did so, where the captions have become others since.
+    """
     if config.path is not None:
         folder = Path(config.path)
         encoder = load_model(CLIPTextEncoder, folder / "text_encoder")
@@ -79,7 +82,11 @@ def build_text_encoder(
         tokenizer.chunks = config.chunks or tokenizer.chunks
         return encoder, tokenizer
     every = (caption for texts in captions for caption in texts)
-    tokenizer = Tokenizer.train(every, config.vocab_size, config.max_length)
+    tokenizer = (
+        Tokenizer.from_folder(learned)
+        if learned
+        else Tokenizer.train(every, config.vocab_size, config.max_length)
+    )
     tokenizer.chunks = config.chunks or 1
     encoder_config = CLIPTextConfig(
         vocab_size=len(tokenizer),
