@@ -16,7 +16,7 @@ from tests.test_fit import autoencoder, diffusion_recipe, latents, losses, state
 from tests.test_train_scripts import run
 from train.checkpoint import load_checkpoint
 from train.diffusion import LatentDiffusion
-from train.loop import fit
+from train.loop import fit, warn_of_one_rank
 from train.shards import sharding, wants_shards
 
 __all__ = ["autoencoder"]  # a fixture
@@ -110,3 +110,16 @@ def test_what_cuts_weights_otherwise_is_refused(monkeypatch):
             one.setenv(f"FSDP_{name}", "true")
             with pytest.raises(ValueError, match=f"fsdp_{name.lower()}.*=True is not done here"):
                 sharding(DistributedType.MULTI_CPU, "adamw")
+
+
+def test_one_process_in_place_of_two_is_told(monkeypatch, caplog):
+    """`accelerate launch --cpu --num_processes 2` sets the address to meet at, and starts one process."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("RANK", raising=False)
+    warn_of_one_rank(1)
+    assert "write --multi_gpu in place of --cpu" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("RANK", "0")
+    warn_of_one_rank(1)
+    warn_of_one_rank(2)
+    assert not caplog.text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -53,6 +54,7 @@ def fit(task: Task, config: FitConfig) -> Outcome:
         log_with=config.tracker,
         project_dir=config.output,
     )
+    warn_of_one_rank(accelerator.num_processes)
     sharding(accelerator.distributed_type, config.optim.optimizer)  # what it refuses is refused now
     plan = Plan(
         task.buckets,
@@ -210,6 +212,15 @@ def cpu_only() -> bool:
     accelerate has to be told so that ranks meet there: else each would train alone.
     """
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def warn_of_one_rank(ranks: int) -> None:
+    """Say so where several ranks were asked for and one came: `accelerate launch --cpu` starts no more."""
+    if ranks == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+        log.warning(
+            "this is one process: accelerate launch --cpu starts no more, whatever --num_processes says. For "
+            "several ranks on the CPU write --multi_gpu in place of --cpu, or use torchrun"
+        )
 
 
 def workers(config: FitConfig) -> int:
