@@ -16,13 +16,8 @@ from autoencoder.layers import AttentionBlock, GroupNormSiLU, ResnetBlock, recom
 from ldm.architecture import MID_BLOCKS, UNetConfig, down_blocks, pooled_text, up_blocks
 from ldm.attention import CrossAttention, SelfAttentionBlock, SpatialTransformer, check_backend
 from ldm.blocks import ClassEmbedding, NoClasses, TimeEmbedding, timestep_embedding
+from ldm.compiled import compile_in_training
 from ldm.context import Context, repeated
-
-
-def train_compiled(module: nn.Module, backend: str) -> None:
-    """Replaces forward on this one object: in training it is compiled, for one shape at a time."""
-    plain, fast = module.forward, torch.compile(module.forward, dynamic=False, backend=backend)
-    module.forward = lambda *args: (fast if module.training else plain)(*args)
 
 
 def check_rows(xt: Tensor, **others: Tensor | Context | None) -> None:
@@ -113,16 +108,8 @@ class UNet(nn.Module):
         Names and parameters stay as they are, and so does drawing, whose sizes change with every call. After
         enable_gradient_checkpointing, where both are wanted.
         """
-        import torch._dynamo.config as limits  # seconds
-
         kinds = ResnetBlock | AttentionBlock | SpatialTransformer
-        blocks = [module for module in self.modules() if isinstance(module, kinds)]
-        # Blocks of a class share its code, and past the limit, without a word, nothing more is compiled.
-        needed = len(blocks) * (shapes + 1)
-        limits.recompile_limit = max(limits.recompile_limit, needed)
-        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, needed)
-        for module in blocks:
-            train_compiled(module, backend)
+        compile_in_training([part for part in self.modules() if isinstance(part, kinds)], shapes, backend)
 
     @staticmethod
     def rename_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

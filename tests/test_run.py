@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from tests.test_fit import OPTIM, TEXT, VAE, diffusion_recipe
+from tests.test_train_scripts import run as launched
 from train import run, train_ldm
 from train.autoencoding import AutoencoderRecipe
+from train.checkpoint import load_checkpoint
 from train.config import to_yaml
 from train.contrastive import ContrastiveRecipe
 from train.data import DataConfig
@@ -103,6 +106,21 @@ def test_all_stages_go_on_with_new_data(recipes, capsys):
     assert "8 pictures" in told[1]
     asked = ["--config", str(recipes), *asked[len(QUICK) :]]
     assert train_ldm.main([*asked, "--accept-new-data"]) == 0
+
+
+@pytest.mark.slow
+def test_two_ranks_run_every_stage_and_say_each_line_once(recipes):
+    """--multi_gpu is accelerate's name for a rank a process, on the CPU too; the second time all is done."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "train.run"]
+    told = launched(*launch, recipes, *QUICK, "--validation-samples", "2").stdout.splitlines()
+    names = ["autoencoder", "latents", "text encoder", "UNet", "evaluation"]
+    assert [line[:13].strip() for line in told[:-1]] == names
+    assert told[-1] == f"the model is in {recipes.parent / 'run/model'}"
+    machine = load_checkpoint(recipes.parent / "run/checkpoints/step-00000002").state["machine"]
+    assert machine["ranks"] == 2
+    again = launched(*launch, recipes, *QUICK, "--validation-samples", "2").stdout.splitlines()
+    assert all("done already" in line for line in again[:-1])
 
 
 def test_what_is_measured_was_not_trained_on():

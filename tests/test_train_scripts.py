@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from accelerate.utils import DistributedType
 
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.unet import UNet
@@ -22,7 +21,7 @@ from train.checkpoint import load_checkpoint
 from train.config import to_yaml
 from train.contrastive import ContrastiveRecipe
 from train.data import DataConfig
-from train.loop import fit, refuse_shards
+from train.loop import fit
 
 RANKS = """
 import sys
@@ -258,12 +257,3 @@ def test_a_plan_tells_what_every_stage_takes_and_leaves_nothing(tmp_path, capsys
     ]
     assert "at 2.5 an hour and rank; nothing was written" in told
     assert not (tmp_path / "run").exists()
-
-
-def test_ranks_that_hold_parts_are_refused():
-    """Rank 0 would save its part for the whole."""
-    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        with pytest.raises(ValueError, match=rf"configured for {kind.value}, which cuts .* --multi_gpu"):
-            refuse_shards(kind)
-    for kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        refuse_shards(kind)

@@ -27,6 +27,7 @@ from train.config import to_mapping
 from train.data import DataConfig
 from train.denoising import Diffusion, ObjectiveConfig
 from train.latents import Latents
+from train.loop import choose_precision, cpu_only
 from train.pictures import grid
 from train.plan import Draw, fixed_draws, normal, spread
 from train.state import FitConfig
@@ -127,6 +128,15 @@ def start_folder(recipe: DiffusionRecipe) -> Path | None:
     return folder
 
 
+def check_compile(recipe: DiffusionRecipe) -> None:
+    """Raises ValueError where a compiled step computes other gradients: on the CPU under bf16 autocast."""
+    if recipe.compile and cpu_only() and choose_precision(recipe.precision) == "bf16":
+        raise ValueError(
+            f"compile=true with precision={recipe.precision}, bf16 on this CPU: torch's compiler "
+            "changes the gradients there, without a word. Use --precision fp32, or --compile false"
+        )
+
+
 def setting(config: UNetConfig, name: str) -> Any:
     """A value of the configuration; of each level where it may be."""
     return config.per_level(name) if name in config.PER_LEVEL else getattr(config, name)
@@ -157,6 +167,7 @@ class LatentDiffusion:
             )
         if recipe.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
+        check_compile(recipe)
         if recipe.compile:
             self.unet.compile_blocks(shapes=len(self.buckets))
         self.module: nn.Module = Diffusion(

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from train.shards import cut, local
+
 Decay = Callable[[int], float]  # what an update keeps of the average, by the number of updates before it
 
 
@@ -80,8 +82,8 @@ class EMA:
     @torch.no_grad()
     def update(self, t: int) -> None:
         """Move the average towards the weights; `t` updates were made before this one."""
-        now = [p.float() for p in self.parameters.values()]  # the parameter itself where it is float32
-        torch._foreach_lerp_(list(self.average.values()), now, 1 - self.decay(t))
+        now = [local(p).float() for p in self.parameters.values()]  # the parameter itself where it is float32
+        torch._foreach_lerp_([local(value) for value in self.average.values()], now, 1 - self.decay(t))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -109,4 +111,4 @@ class EMA:
                 f"{differ[0]} (file {have.get(differ[0], '-')}, model {want.get(differ[0], '-')})"
             )
         for name, value in state.items():
-            self.average[name].copy_(value)
+            self.average[name].copy_(cut(value, self.average[name]))

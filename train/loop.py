@@ -6,8 +6,10 @@ checkpoints are ours, because accelerate's do not resume exactly.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from ldm.noise import key
@@ -30,6 +32,8 @@ from train.readahead import ReadAhead
 from train.record import Record, open_run
 from train.resume import facts, machine, resume
 from train.saving import Saver, snapshot
+from train.shards import clip as clip_shards
+from train.shards import shard, sharding
 from train.state import FitConfig, Outcome, State, Task
 from train.stop import StopRequest
 from train.watchdog import Watchdog
@@ -51,7 +55,8 @@ def fit(task: Task, config: FitConfig) -> Outcome:
         log_with=config.tracker,
         project_dir=config.output,
     )
-    refuse_shards(accelerator.distributed_type)
+    warn_of_one_rank(accelerator.num_processes)
+    sharding(accelerator.distributed_type, config.optim.optimizer)  # what it refuses is refused now
     plan = Plan(
         task.buckets,
         config.batch_size,
@@ -72,7 +77,7 @@ def fit(task: Task, config: FitConfig) -> Outcome:
                     f"a bucket has {len(bucket)} samples, less than a batch: it holds some of them twice"
                 )
         state, wrapped = prepare(task, config, accelerator)
-        dog.listen(state.module)
+        dog.listen(state.whole)
         resume(state, task, config, record, accelerator)
         plan = replace(plan, first=state.data_since)
         with ReadAhead(task, plan, accelerator.process_index, state.step, workers(config)) as batches:
@@ -115,15 +120,24 @@ def pieces(
 
 
 def prepare(task: Task, config: FitConfig, accelerator: Accelerator) -> tuple[State, nn.Module]:
-    """The state at step 0 and the module as accelerate wraps it for precision and ranks."""
+    """The state at step 0 and the module as accelerate wraps it for precision and ranks.
+
+    With shards, a copy of the module is cut and trained; rank 0 keeps the task's own for the averages.
+    """
+    plugin = sharding(accelerator.distributed_type, config.optim.optimizer)
     module = task.module.to(accelerator.device)
+    if plugin is not None:
+        module = copy.deepcopy(task.module)
+        task.module.to("cpu" if accelerator.is_main_process else "meta")
     if config.channels_last:
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        task.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     module.train()
-    wrapped = accelerator.prepare_model(module)
+    wrapped = accelerator.prepare_model(module, evaluation_mode=plugin is not None)  # then only its precision
+    if plugin is not None:
+        shard(module, accelerator.device, bool(plugin.reshard_after_forward))
     ema = EMA(module, classic(config.ema_decay))
     powers = {f"ema-{width:g}": EMA(module, power(width)) for width in config.ema_widths}
-    return State(module, build_optimizer(module, config.optim), ema, powers), wrapped
+    return State(module, task.module, build_optimizer(module, config.optim), ema, powers), wrapped
 
 
 def train_step(
@@ -145,14 +159,16 @@ def train_step(
         # Dropout layers, where a model has them, draw from the global generator.
         torch.manual_seed(key("layers", plan.seed, state.step, micro, accelerator.process_index))
         last = micro == plan.micro_batches - 1
-        with nullcontext() if last else accelerator.no_sync(wrapped):
+        # Shards are reduced after every part: summed up first, each rank would hold gradients of all weights.
+        with nullcontext() if last or state.sharded else accelerator.no_sync(wrapped):
             loss, others = wrapped(**batch)
             accelerator.backward(loss.mean() / plan.micro_batches)
         for name, value in {"loss": loss, **others}.items():
             mean = value.detach().float().mean() / plan.micro_batches
             values[name] = values[name] + mean if name in values else mean
     parameters = [p for p in state.module.parameters() if p.grad is not None]
-    norm = nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm or math.inf)
+    clip = clip_shards if state.sharded else nn.utils.clip_grad_norm_
+    norm = clip(parameters, config.optim.max_grad_norm or math.inf)
     finite = bool(torch.isfinite(norm))  # the one wait for the device in a step
     if finite:
         state.optimizer.step()
@@ -205,12 +221,12 @@ def cpu_only() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
-def refuse_shards(kind: DistributedType) -> None:
-    """Raises ValueError where ranks would hold parts of the weights: rank 0 saves them whole."""
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"accelerate is configured for {kind.value}, which cuts weights and optimizer in parts: its "
-            "checkpoints would not be whole. Use accelerate launch --multi_gpu, which copies them"
+def warn_of_one_rank(ranks: int) -> None:
+    """Say so where several ranks were asked for and one came: `accelerate launch --cpu` starts no more."""
+    if ranks == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+        log.warning(
+            "this is one process: accelerate launch --cpu starts no more, whatever --num_processes says. For "
+            "several ranks on the CPU write --multi_gpu in place of --cpu, or use torchrun"
         )
 
 
@@ -242,23 +258,18 @@ def make_saver(task: Task, config: FitConfig, record: Record, accelerator: Accel
 
 def validate(task: Task, state: State, plan: Plan, record: Record, accelerator: Accelerator) -> None:
     """What the averaged weights make of the samples that are in no batch."""
-    if accelerator.is_main_process:
-        with state.ema.applied(), torch.no_grad():
-            state.module.eval()
-            values = task.validate(plan.validation)
-            state.module.train()
-        record.flush()
-        record.validation(state.step, values)
+    record.flush()
+    with state.averaged():
+        if accelerator.is_main_process:
+            record.validation(state.step, task.validate(plan.validation))
     accelerator.wait_for_everyone()
 
 
 def preview(task: Task, state: State, record: Record, accelerator: Accelerator) -> None:
     """A picture of what the averaged weights can do now."""
-    if accelerator.is_main_process:
-        with state.ema.applied(), torch.no_grad():
-            state.module.eval()
-            image = task.preview()
-            state.module.train()
+    with state.averaged():
+        image = task.preview() if accelerator.is_main_process else None
+    if image is not None:
         try:
             record.picture(state.step, image)
         except OSError as error:
@@ -268,11 +279,10 @@ def preview(task: Task, state: State, record: Record, accelerator: Accelerator) 
 
 def export(task: Task, state: State, record: Record, accelerator: Accelerator) -> None:
     """The averaged weights as a model folder."""
-    if accelerator.is_main_process:
-        with state.ema.applied(), torch.no_grad():
-            state.module.eval()
+    with state.averaged():
+        if accelerator.is_main_process:
             task.export(record.model)
-            state.module.train()
+    if accelerator.is_main_process:
         record.mark_exported(state.step)
         record.say(f"exported {record.model}")
     accelerator.wait_for_everyone()

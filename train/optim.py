@@ -11,6 +11,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from train.shards import cut
+
 STACK = 2**24  # numbers of gradients that Muon works on at once
 
 
@@ -200,7 +202,7 @@ def load_optimizer_tensors(
         if value.dtype == torch.int64 and not value.ndim:  # AdamW counts its steps in float32
             kept = int(value)
         elif value.shape == p.shape:
-            kept = torch.empty_like(p, dtype=value.dtype).copy_(value)
+            kept = torch.empty_like(p, dtype=value.dtype).copy_(cut(value, p))
         else:  # what is not one a weight: AdamW's count of steps, tables and scales of 8 bits
             kept = value.clone().to(p.device)
         optimizer.state[p][key] = kept

@@ -31,6 +31,7 @@ from train.loop import choose_precision, cpu_only, prepare, train_step, workers
 from train.optim import optimizer_tensors
 from train.plan import Plan
 from train.readahead import ReadAhead
+from train.shards import wants_shards
 from train.state import FitConfig, State, Task
 
 STEPS = 20  # of a probe
@@ -82,6 +83,8 @@ def show_plan(stages: Iterable[Stage], price: float) -> None:
     hours = cost = 0.0
     for stage in stages:
         accelerator = Accelerator(cpu=cpu_only(), mixed_precision=choose_precision(stage.config.precision))
+        if wants_shards(accelerator.distributed_type):
+            raise ValueError("plan counts whole weights on every rank: leave out accelerate's --use_fsdp")
         one = probe(stage, accelerator)
         hours += one.hours
         cost += price * one.hours * accelerator.num_processes

@@ -15,6 +15,7 @@ from ldm.config import replacing
 from train.checkpoint import Checkpoint, find_checkpoint
 from train.config import to_mapping
 from train.record import Record
+from train.shards import wants_shards
 from train.source import changed_pictures
 from train.state import FitConfig, State, Task
 
@@ -48,9 +49,10 @@ def resume(state: State, task: Task, config: FitConfig, record: Record, accelera
     changed = differences(checkpoint.state["config"], to_mapping(config))
     if changed:
         record.say("goes on with changed settings:\n" + "\n".join(changed))
+    saved_on = {"shards": 1, **checkpoint.state["machine"]}  # older ones do not say
     for name, value in machine(accelerator).items():
-        if checkpoint.state["machine"].get(name) != value:
-            before = checkpoint.state["machine"].get(name)
+        if saved_on.get(name) != value:
+            before = saved_on.get(name)
             record.say(f"resumed with {name} {value}, saved with {before}: not bit for bit the same run")
     state.load(checkpoint)
     if accepted:
@@ -135,5 +137,6 @@ def machine(accelerator: Accelerator) -> dict[str, Any]:
         "device": accelerator.device.type,
         "precision": accelerator.mixed_precision,
         "ranks": accelerator.num_processes,
+        "shards": accelerator.num_processes if wants_shards(accelerator.distributed_type) else 1,
         "threads": torch.get_num_threads(),
     }

@@ -19,6 +19,7 @@ from ldm.config import replacing
 from train.checkpoint import clean, save_checkpoint
 from train.command import RunFailed
 from train.record import Record
+from train.shards import gather
 from train.state import State
 
 log = logging.getLogger(__name__)
@@ -55,9 +56,9 @@ class Saver:
         """A checkpoint of `state` as it is now, then rotation. A full disk is a warning, not the end."""
         self.settle()
         self.record.flush()
+        tensors, about = state.tensors(), self.story(state)
         if not self.accelerator.is_main_process:
             return
-        tensors, about = state.tensors(), self.story(state)
         if self.pool is None:
             future = now(partial(self.write, state.step, tensors, about))
         else:
@@ -116,10 +117,13 @@ class Saver:
         """Try config.emergency_output, where there is one; returns what is left to go on from."""
         newest = f"the newest good checkpoint is {self.record.last_good or 'none'}"
         folder = self.record.config.emergency_output
-        if folder is None or not self.accelerator.is_main_process:
+        if folder is None:
+            return newest
+        tensors = state.tensors()
+        if not self.accelerator.is_main_process:
             return newest
         try:
-            path = save_checkpoint(Path(folder), state.step, state.tensors(), self.story(state))
+            path = save_checkpoint(Path(folder), state.step, tensors, self.story(state))
         except OSError as error:
             return f"nor in emergency_output: {error}; {newest}"
         return f"it lies in {path} instead: --resume {path} goes on from it"
@@ -143,11 +147,12 @@ def now(work: Callable[[], Path]) -> Future[Path]:
 
 def snapshot(state: State, record: Record, accelerator: Accelerator) -> None:
     """The power-function averages as they are now, for `rebuild_ema.py`, in float16: half a checkpoint."""
+    averages = {name: gather(ema.state_dict()) for name, ema in state.powers.items()}
     if accelerator.is_main_process:
         try:
-            for name, ema in state.powers.items():
+            for name, average in averages.items():
                 with replacing(record.snapshots / f"step-{state.step:08d}-{name}.safetensors") as path:
-                    half = {key: value.half().cpu().contiguous() for key, value in ema.average.items()}
+                    half = {key: value.half().cpu().contiguous() for key, value in average.items()}
                     save_file(half, path, metadata={"updates": str(state.updates), "width": name[4:]})
         except OSError as error:
             log.warning("no snapshot at step %d, training goes on: %s", state.step, error)

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from train.autoencoding import AutoencoderRecipe, Autoencoding
 from train.config import is_recipe, read_recipe
 from train.contrastive import Contrastive, ContrastiveRecipe
-from train.diffusion import DiffusionRecipe, LatentDiffusion, start_folder
+from train.diffusion import DiffusionRecipe, LatentDiffusion, check_compile, start_folder
 from train.encoding import compute_latents
 from train.latents import Latents, autoencoder_folder
 from train.loop import cpu_only, fit
@@ -53,6 +53,7 @@ def train_stages(recipe: DiffusionRecipe) -> Iterator[Passed]:
     if words and not is_recipe(words):
         build_text_encoder(recipe.text_encoder, [])  # a folder that holds none is found out now
     start_folder(recipe)  # likewise
+    check_compile(recipe)
     if is_recipe(recipe.autoencoder):
         stage = autoencoder_stage(recipe)
         yield (passed := trained("autoencoder", Autoencoding(stage), stage))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from train.checkpoint import Checkpoint
 from train.ema import EMA, classic, exponent
 from train.optim import OptimConfig, load_optimizer_tensors, optimizer_tensors
 from train.plan import Draw
+from train.shards import cut, gather, local
 from train.stop import EXIT_RESUMABLE
 
 
@@ -119,7 +121,8 @@ class Outcome(NamedTuple):
 class State:
     """All that changes during a run."""
 
-    module: nn.Module
+    module: nn.Module  # in training; with shards each rank holds its own of it
+    whole: nn.Module  # the task's: the same module or, with shards, on rank 0 a copy that `averaged` fills
     optimizer: torch.optim.Optimizer
     ema: EMA
     powers: dict[str, EMA] = field(default_factory=dict)  # by the name of their file
@@ -128,22 +131,50 @@ class State:
     bad: int = 0  # non-finite gradients in a row
     data_since: int = 0  # batches seen before the data was what it is: its first epoch begins there
 
+    @property
+    def sharded(self) -> bool:
+        return self.whole is not self.module
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block, which all ranks enter, `whole` holds the averaged weights on rank 0, for use."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.filled() if self.sharded else self.ema.applied())
+            self.whole.eval()
+            yield
+            self.whole.train()
+
+    @contextmanager
+    def filled(self) -> Iterator[None]:
+        """Within the block rank 0's copy holds the averages, on the device; then it is on the CPU again."""
+        values = gather({**self.module.state_dict(), **self.ema.state_dict()})
+        if distributed.get_rank() == 0:
+            self.whole.load_state_dict(values)
+            self.whole.to(local(next(self.module.parameters())).device)
+        yield
+        if distributed.get_rank() == 0:
+            self.whole.to("cpu")
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        return {
+        """All of it as rank 0 saves it. With shards all ranks gather it together."""
+        groups = {
             "model": self.module.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.module),
             **{name: ema.state_dict() for name, ema in self.powers.items()},
         }
+        return {name: gather(group) for name, group in groups.items()}
 
     def load(self, checkpoint: Checkpoint) -> None:
-        differ = sorted(self.module.state_dict().keys() ^ checkpoint.tensors["model"].keys())
+        own, saved = self.module.state_dict(), checkpoint.tensors["model"]
+        differ = sorted(own.keys() ^ saved.keys())
         if differ:
             raise ValueError(
                 f"{checkpoint.path} is of a module with other parts: {len(differ)} tensors are in one "
                 f"of both only, the first is {differ[0]}; set the recipe back or choose another output"
             )
-        self.module.load_state_dict(checkpoint.tensors["model"])
+        self.module.load_state_dict({name: cut(value, own[name]) for name, value in saved.items()})
         self.ema.load_state_dict(checkpoint.tensors["ema"])
         for name, ema in self.powers.items():
             ema.load_state_dict(checkpoint.tensors[name])

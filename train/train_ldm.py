@@ -3,6 +3,7 @@
   python train/train_ldm.py                                   shapes, within minutes on two cores
   accelerate launch train/train_ldm.py --config configs/pictograms.yaml
   accelerate launch train/train_ldm.py --data.source my_pictures --output runs/mine
+  accelerate launch --use_fsdp --fsdp_version 2 train/train_ldm.py     weights in shards, one a rank
 
 This trains the autoencoder (unless the recipe names a trained one), computes the latents, trains the text
 encoder on them where the recipe names a recipe for it, and then the UNet. The run folder gets checkpoints,
