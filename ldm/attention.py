@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.layers import AttentionBlock, scaled_dot_product, to_image, to_tokens
+from autoencoder.layers import AttentionBlock, GroupNorm, scaled_dot_product, to_image, to_tokens
 from ldm import native
 from ldm.context import Context, of_text, repeated
 
@@ -214,7 +214,7 @@ class SpatialTransformer(nn.Module):
         only_cross_attention: bool = False,
     ) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = self.projection(channels)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(

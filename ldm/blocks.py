@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.layers import ResnetBlock, scaled_dot_product
+from autoencoder.layers import GroupNorm, ResnetBlock, scaled_dot_product
 from ldm.context import Context, of_text, repeated
 
 
@@ -162,7 +162,7 @@ class ScaleShiftResnet(TimeResnet):
     def __init__(self, in_channels: int, out_channels: int, **rest: Any) -> None:
         """rest: as TimeResnet."""
         super().__init__(in_channels, out_channels, **rest)
-        self.norm2 = nn.GroupNorm(self.norm2.num_groups, out_channels, eps=self.norm2.eps)
+        self.norm2 = GroupNorm(self.norm2.num_groups, out_channels, eps=self.norm2.eps)
 
     def modulate(self, h: Tensor, time: Tensor) -> Tensor:
         scale, shift = time[:, :, None, None].chunk(2, dim=1)

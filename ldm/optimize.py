@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from functools import partial
 from typing import TYPE_CHECKING
@@ -37,7 +36,6 @@ def optimize(pipe: LatentDiffusionPipeline) -> None:
             )
         for model in (pipe.text_encoder, pipe.unet, pipe.vae):
             use_kernels(model)
-        keep_memory()
     else:
         pipe.unet.compile(dynamic=False)
         pipe.vae.decoder.compile(dynamic=False)
@@ -55,18 +53,6 @@ def pays(pipe: LatentDiffusionPipeline) -> bool:
         log.warning("drawn without native kernels, which would be faster: %s", error)
         return False
     return True
-
-
-def keep_memory() -> None:
-    """Lets this process keep the memory that it frees, where the C library is glibc.
-
-    Tensors of tens of megabytes come and go with every layer, and pages that the system takes back are
-    cleared before they are given again. It costs memory, as much again as the largest layers take.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
-        mallopt(-4, 0)  # M_MMAP_MAX: nothing by pages of its own, which would go back
 
 
 def use_kernels(model: nn.Module) -> None:

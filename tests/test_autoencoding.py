@@ -46,6 +46,7 @@ def train(recipe: AutoencoderRecipe, stop_after: int = 0) -> Autoencoding:
     return task
 
 
+@pytest.mark.slow
 def test_with_an_adversary_12_steps_equal_8_and_4(tmp_path):
     """Bit for bit, discriminator and learned scale included; stopped after the adversary's start at 6."""
     loss, optim = ReconstructionConfig(variance=True), replace(OPTIM, weight_decay=0.0)
@@ -93,6 +94,7 @@ def test_an_adversary_cannot_join_a_run_that_had_none(tmp_path):
         train(autoencoder_recipe(tmp_path, steps=6, adversary=ADVERSARY))
 
 
+@pytest.mark.slow
 def test_a_tiny_autoencoder_learns_four_pictures_by_heart(tmp_path):
     """Far better than their mean colours are; and what latents are shown as is nearer than these too."""
     optim = replace(OPTIM, lr=1e-2)

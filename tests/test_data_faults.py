@@ -346,6 +346,7 @@ def test_a_run_does_not_go_on_with_a_changed_data_set(folder, tmp_path):
             fit(Autoencoding(recipe), recipe)
 
 
+@pytest.mark.slow
 def test_new_data_is_accepted_by_name_and_exact_from_there(folder, tmp_path, caplog):
     """What changed is told, an epoch of what there is now begins, and a run in two parts is one."""
     base = AutoencoderRecipe(

@@ -180,7 +180,7 @@ def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, stop_after: int 
     return task
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_20_steps_equal_7_and_resume_and_13(tmp_path, autoencoder, optimizer):
     """Bit for bit: weights, average, optimizer and the logged losses, with a SIGTERM in step 7."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -237,6 +237,7 @@ FLOW = ObjectiveConfig(prediction="flow", timestep_density="logit_normal", times
 BALANCED = ObjectiveConfig(weight="none", uncertainty=True)
 
 
+@pytest.mark.slow
 def test_importance_sampling_resumes_bit_for_bit(tmp_path, autoencoder):
     """What it learned of the losses, from the run so far, is in the checkpoint."""
 
@@ -302,6 +303,7 @@ def test_diffusion_learns_one_batch(tmp_path, autoencoder, objective):
     assert pipe(CAPTIONS[0], num_inference_steps=2, seed=0).images[0].size == (16, 16)
 
 
+@pytest.mark.slow
 def test_autoencoder_learns_one_batch_and_measures_its_scale(tmp_path):
     recipe = AutoencoderRecipe(
         output=str(tmp_path / "run"),

@@ -16,6 +16,7 @@ from PIL import Image
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm import native
 from ldm.native import build
+from ldm.native.memory import LEAST, Pool
 from ldm.optimize import pays, use_kernels
 from ldm.picture import read_recipe
 from ldm.unet import UNet, UNetConfig
@@ -238,7 +239,6 @@ def test_an_optimized_autoencoder_answers_alike():
 def test_an_optimized_pipeline_draws_the_same_picture_again_and_says_so(tmp_path, monkeypatch, capsys):
     from ldm import generate
 
-    monkeypatch.setattr("ldm.optimize.keep_memory", lambda: None)  # it would be for all tests after this
     pipe = tiny_pipeline()
     pipe.save_pretrained(tmp_path / "model")
     asked = {"height": 24, "width": 40, "num_inference_steps": 3, "seed": 5, "output_type": "pt"}
@@ -266,24 +266,32 @@ def test_large_models_on_a_cpu_are_optimized_unasked(monkeypatch):
     assert not pays(pipe)
 
 
-@pytest.mark.slow
-def test_memory_that_is_kept_need_not_be_cleared_again():
-    code = """
-import resource, sys, torch
-from ldm.optimize import keep_memory
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(16 << 20)  # 64 MiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-plain = [faults() for _ in range(3)]
-keep_memory()
-print(plain[2], [faults() for _ in range(3)][2])
-"""
-    root = Path(__file__).parents[1]
-    told = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    plain, kept = map(int, told.stdout.split())
-    assert plain > 10_000 or sys.platform != "linux"
-    assert kept < plain / 10
+def test_memory_is_used_again_when_the_last_view_is_gone():
+    pool = Pool()
+    first = pool.empty(3, LEAST)
+    first[1] = 7.0
+    place, view = first.data_ptr(), first[1]
+    assert place % 64 == 0
+    del first
+    other = pool.empty(3, LEAST)
+    assert other.data_ptr() != place  # `view` still holds it
+    other.zero_()
+    assert (view == 7).all()
+    del view
+    again = pool.empty(3, LEAST - 5)  # a little smaller: it fits
+    assert again.data_ptr() == place
+    assert again.shape == (3, LEAST - 5)
+    assert again.is_contiguous()
+    assert pool.empty(4).shape == (4,)  # small ones are torch's
+
+
+def test_memory_of_sizes_that_are_not_asked_for_any_more_is_let_go():
+    pool = Pool()
+    for rows in range(1, 8):
+        pool.empty(4**rows % 97 + rows, LEAST)
+    assert sum(map(len, pool.idle)) <= 2 * 104 * LEAST
+    held = [pool.empty(2, LEAST) for _ in range(5)]
+    assert len({each.data_ptr() for each in held}) == 5
 
 
 def test_what_cannot_be_optimized_says_why():

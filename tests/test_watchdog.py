@@ -35,6 +35,7 @@ with Watchdog(Path(sys.argv[1]), 0.5 / 60, rank=1) as dog:
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_hangs_says_where_and_ends(tmp_path):
     """Rank 1 waits for rank 0's piece longer than the limit, and is not ended for that."""
     begin = time.monotonic()

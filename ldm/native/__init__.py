@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.native.build import library
+from ldm.native.memory import POOL
 
 CHANNELS = 32  # the channels of a layer are a multiple of it, whatever the vectors of a CPU hold
 
@@ -66,9 +67,9 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     weight = weight.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
     out = len(weight)
-    y = torch.empty((batch, out, height, width), memory_format=torch.channels_last)
+    y = POOL.empty(batch, height, width, out)
     call("convolution", x, weight, bias, y, batch, height, width, channels, out)
-    return y
+    return y.permute(0, 3, 1, 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -78,7 +79,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, n, width = q.shape
-    out = torch.empty(batch, n, width)
+    out = POOL.empty(batch, n, width)
     strides = (step for x in (q, k, v) for step in x.stride()[:2])
     call("attention", q, k, v, out, batch, n, k.shape[1], heads, width // heads, *strides)
     return out
@@ -92,7 +93,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool = Fals
     """
     x, weight = x.contiguous(), weight.contiguous()
     out, channels = weight.shape
-    y = torch.empty((*x.shape[:-1], out // 2 if gated else out))
+    y = POOL.empty(*x.shape[:-1], out // 2 if gated else out)
     call("linear", x, weight, bias, y, x.numel() // channels, channels, out, int(gated))
     return y
 
@@ -106,10 +107,10 @@ def norm_silu(
     """
     x = x.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
-    y = torch.empty_like(x)  # it keeps the layout
+    y = POOL.empty(batch, height, width, channels)
     added = None if added is None else added.contiguous()
     call("norm", x, added, weight, bias, y, batch, height * width, channels, groups, eps)
-    return y
+    return y.permute(0, 3, 1, 2)
 
 
 def call(name: str, *arguments: Tensor | int | float | None) -> None:
