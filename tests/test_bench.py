@@ -29,10 +29,6 @@ RUNS = {
         ["--device", "cpu", "--tiny", "--rows", "CUDA graph of a step"],
         "| ours, CUDA graph of a step | needs CUDA |",
     ),
-    "gpu_train": (
-        ["--device", "cpu", "--tiny", "--rows", "diffusers, encoding"],
-        "| diffusers, encoding each batch |",
-    ),
     "ranks": (["ldm/bundled", "--batch", "2", "--steps", "1"], '{"seconds": '),
 }
 
