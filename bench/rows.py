@@ -189,9 +189,10 @@ def no_memory(settings: Settings) -> Side:
 
 
 def chosen(makes: Mapping[str, Make], words: str) -> dict[str, Make]:
-    """The first row, with which the others are compared, and those whose names have one of the words.
+    """The first row, with which the others are compared, and those whose names are or have one of the words.
 
-    words: with semicolons between them, as names have commas; "" for all. Raises ValueError if none is found.
+    words: with semicolons between them, as names have commas; "" for all. A whole name is that row alone.
+    Raises ValueError if none is found.
     """
     if not words:
         return dict(makes)
@@ -200,4 +201,9 @@ def chosen(makes: Mapping[str, Make], words: str) -> dict[str, Make]:
         if not any(word in name for name in makes):
             raise ValueError(f"--rows {word!r} is in no row's name; rows are: {'; '.join(makes)}")
     first = next(iter(makes))
-    return {name: make for name, make in makes.items() if name == first or any(w in name for w in wanted)}
+    parts = [word for word in wanted if word not in makes]
+    return {
+        name: make
+        for name, make in makes.items()
+        if name == first or name in wanted or any(part in name for part in parts)
+    }
