@@ -29,10 +29,10 @@ from torch import Tensor
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.checkpoint import save_model
 from ldm.config import replacing
-from train.buckets import Size, frame
-from train.data import DataConfig, open_source, sort_source
-from train.encoding import BATCH, Read, compute_latents, read_batches
-from train.latents import Shard
+from train.batches.buckets import Size, frame
+from train.batches.encoding import BATCH, Read, compute_latents, read_batches
+from train.batches.latents import Shard
+from train.data.sources import DataConfig, open_source, sort_source
 
 SHAPES = ((4, 3), (3, 4), (1, 1), (16, 9))  # of the pictures, in turn
 LARGER = 1.5  # sides of a picture in those of its bucket, about: framing has something to do

@@ -33,7 +33,7 @@ from bench.measure import hardware, matmul_rate, table
 from bench.models import SD2, Size, narrower, training_flop, write_pipeline
 from bench.rows import Make, Row, Settings, chosen
 from bench.training import PICTURES, Peer, faster_layout, our_recipe, our_step, read_pictures
-from train.diffusion import LatentDiffusion
+from train.tasks.diffusion import LatentDiffusion
 
 NOTHING = torch.zeros(1)  # a step has no answer to compare
 

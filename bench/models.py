@@ -16,7 +16,7 @@ from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.scheduler import Scheduler
 from ldm.unet import UNet, UNetConfig
-from train.text import TextConfig, build_text_encoder
+from train.tasks.text import TextConfig, build_text_encoder
 
 PROMPT = "a red fox in snow"
 

@@ -25,11 +25,11 @@ from bench.training import our_step
 from ldm.checkpoint import load_model
 from ldm.config import read_config, read_json
 from ldm.unet import UNetConfig
-from train.data import DataConfig
-from train.diffusion import DiffusionRecipe, LatentDiffusion
-from train.loop import cpu_only
-from train.planning import made_up
-from train.text import TextConfig
+from train.data.sources import DataConfig
+from train.fit.loop import cpu_only
+from train.fit.planning import made_up
+from train.tasks.diffusion import DiffusionRecipe, LatentDiffusion
+from train.tasks.text import TextConfig
 
 WARM_UP = 2  # steps that are not counted
 

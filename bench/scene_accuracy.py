@@ -1,4 +1,4 @@
-"""Does a model draw what it is asked for? The judge of train/judge.py, taught on drawn scenes, counts.
+"""Does a model draw what it is asked for? The judge (train/measure/judge.py), taught on drawn scenes, counts.
 
   python bench/scene_accuracy.py                 the bundled model, 300 held-out captions
   python bench/scene_accuracy.py --model RUN/model --captions 100 --split train
@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ldm.pipeline import LatentDiffusionPipeline
-from train.judge import judge_scenes
-from train.pictures import grid
-from train.scenes import SceneSource, Split
+from train.data.pictures import grid
+from train.data.scenes import SceneSource, Split
+from train.measure.judge import judge_scenes
 
 
 def main() -> None:

@@ -38,15 +38,15 @@ from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.checkpoint import save_model
 from ldm.config import read_json, write_json
 from ldm.unet import UNetConfig
-from train.checkpoint import list_checkpoints, load_checkpoint
+from train.batches.encoding import compute_latents
 from train.command import leave_group
-from train.data import DataConfig
-from train.diffusion import DiffusionRecipe, LatentDiffusion
-from train.encoding import compute_latents
-from train.loop import fit
-from train.optim import OptimConfig
-from train.stop import EXIT_RESUMABLE
-from train.text import TextConfig
+from train.data.sources import DataConfig
+from train.fit.checkpoint import list_checkpoints, load_checkpoint
+from train.fit.loop import fit
+from train.fit.optim import OptimConfig
+from train.fit.stop import EXIT_RESUMABLE
+from train.tasks.diffusion import DiffusionRecipe, LatentDiffusion
+from train.tasks.text import TextConfig
 
 STEPS, SAVE_EVERY = 40, 4
 PATIENCE = 120.0  # seconds in which a process that was asked to stop has to

@@ -26,13 +26,13 @@ from bench.measure import hardware, seconds, table
 from bench.models import SD1, narrower, write_pipeline
 from bench.training import Peer, Step, agreement, faster_layout, our_recipe, our_step, read_pictures
 from ldm.checkpoint import load_model
-from train.diffusion import LatentDiffusion
+from train.tasks.diffusion import LatentDiffusion
 
 CPU = torch.device("cpu")
 WARM_UP = 2  # steps of each side that are not counted
 SIDES = {
     "ours, latents cached": (
-        "train.loop's own step: posterior, noise, timestep and caption of each sample, drawn by counters "
+        "train.fit.loop's own step: posterior, noise, timestep and caption of each sample, drawn by counters "
         "from a cache in memory, text encoder, UNet, loss, clip, AdamW, EMA and its record; channels_last"
     ),
     "ours, encoding each batch": (

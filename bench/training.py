@@ -21,18 +21,18 @@ from bench import measure
 from bench.models import Size
 from ldm.checkpoint import load_model
 from text_encoder.tokenizer import Tokenizer
-from train.captions import every
-from train.data import DataConfig, open_source
-from train.denoising import ObjectiveConfig
-from train.diffusion import DiffusionRecipe, LatentDiffusion
-from train.latents import Bucket, CacheKey, Latents
-from train.loop import prepare, train_step, workers
-from train.optim import OptimConfig
-from train.pictures import to_tensor
-from train.plan import Plan
-from train.planning import Unrecorded
-from train.readahead import ReadAhead
-from train.text import TextConfig
+from train.batches.latents import Bucket, CacheKey, Latents
+from train.batches.plan import Plan
+from train.batches.readahead import ReadAhead
+from train.data.captions import every
+from train.data.pictures import to_tensor
+from train.data.sources import DataConfig, open_source
+from train.fit.loop import prepare, train_step, workers
+from train.fit.optim import OptimConfig
+from train.fit.planning import Unrecorded
+from train.tasks.denoising import ObjectiveConfig
+from train.tasks.diffusion import DiffusionRecipe, LatentDiffusion
+from train.tasks.text import TextConfig
 
 Step = Callable[[], Any]
 Precision = Literal["fp32", "bf16"]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.sprites import find_font
+from train.data.sprites import find_font
 
 # Tests' tensors are small: more threads than two only wait for each other.
 torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -22,12 +22,12 @@ from ldm.checkpoint import load_model, save_model
 from tests.test_fit import OPTIM, VAE, losses, state, stop_at
 from tests.test_perceptual import weights  # noqa: F401 (a fixture)
 from train import evaluate_autoencoder
-from train.autoencoding import AutoencoderRecipe, Autoencoding
-from train.checkpoint import load_checkpoint
-from train.data import DataConfig
-from train.fidelity import decibels, judge
-from train.loop import fit
-from train.plan import Plan
+from train.batches.plan import Plan
+from train.data.sources import DataConfig
+from train.fit.checkpoint import load_checkpoint
+from train.fit.loop import fit
+from train.measure.fidelity import decibels, judge
+from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding
 
 ADVERSARY = AdversaryConfig(weight=0.5, start=0.5, width=8, layers=2)
 

@@ -13,8 +13,7 @@ from PIL import Image
 
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.checkpoint import save_model
-from train.autoencoding import AutoencoderRecipe, Autoencoding
-from train.buckets import (
+from train.batches.buckets import (
     Size,
     View,
     bucket_sizes,
@@ -26,11 +25,12 @@ from train.buckets import (
     sort_into_buckets,
     views,
 )
-from train.data import DataConfig, open_source, sort_source
-from train.encoding import compute_latents
-from train.optim import OptimConfig
-from train.pictures import open_checked, to_tensor, upright, upright_size
-from train.plan import Plan
+from train.batches.encoding import compute_latents
+from train.batches.plan import Plan
+from train.data.pictures import open_checked, to_tensor, upright, upright_size
+from train.data.sources import DataConfig, open_source, sort_source
+from train.fit.optim import OptimConfig
+from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding
 
 VAE = AutoencoderKLConfig(
     down_block_types=("DownEncoderBlock2D",) * 2,
@@ -135,7 +135,7 @@ def folder(tmp_path):
 
 
 def test_latents_of_a_bucket_share_a_shape_and_a_batch(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.encoding.SHARD", 2)  # so that a bucket has two shards
+    monkeypatch.setattr("train.batches.encoding.SHARD", 2)  # so that a bucket has two shards
     torch.manual_seed(0)
     vae = AutoencoderKL(VAE)
     save_model(vae, tmp_path / "vae")

@@ -15,12 +15,12 @@ from ldm.checkpoint import save_model
 from tests.test_buckets import VAE
 from tests.test_data import picture, write_jsonl
 from tests.test_tars import png, write_tar
-from train.captions import chances, every
+from train.batches.encoding import compute_latents
+from train.batches.latents import Latents
+from train.batches.plan import Draw
 from train.config import from_mapping, split_arguments, to_mapping
-from train.data import DataConfig, open_source
-from train.encoding import compute_latents
-from train.latents import Latents
-from train.plan import Draw
+from train.data.captions import chances, every
+from train.data.sources import DataConfig, open_source
 
 BOTH = {"long": 0.95, "short": 0.05}
 

@@ -14,10 +14,10 @@ from tests.test_contrastive import RECIPE, pairs
 from tests.test_fit import TEXT, VAE, diffusion_recipe, latents
 from tests.tiny import CAPTIONS
 from text_encoder.tokenizer import Tokenizer
-from train.contrastive import Contrastive
-from train.diffusion import LatentDiffusion
-from train.loop import fit
-from train.text import TextConfig, build_text_encoder, length_table, text_facts
+from train.fit.loop import fit
+from train.tasks.contrastive import Contrastive
+from train.tasks.diffusion import LatentDiffusion
+from train.tasks.text import TextConfig, build_text_encoder, length_table, text_facts
 
 SHORT, LONG = "a red fox", "a small green boat on a beach two blue cats at night a red fox in snow"
 SMALL = {"height": 16, "width": 16, "num_inference_steps": 1}

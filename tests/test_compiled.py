@@ -12,9 +12,9 @@ import torch
 from ldm.compiled import CompiledInTraining
 from ldm.unet import UNet
 from tests.test_fit import UNET, autoencoder, diffusion_recipe, latents, losses, state, stop_at
-from train.checkpoint import load_checkpoint
-from train.diffusion import LatentDiffusion, check_compile
-from train.loop import fit
+from train.fit.checkpoint import load_checkpoint
+from train.fit.loop import fit
+from train.tasks.diffusion import LatentDiffusion, check_compile
 
 __all__ = ["autoencoder"]  # a fixture
 

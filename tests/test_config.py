@@ -13,13 +13,13 @@ import yaml
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import empty_model
 from ldm.unet import UNet
-from train.autoencoding import AutoencoderRecipe
 from train.command import command
 from train.config import find_recipe, from_mapping, is_recipe, parse, read_recipe, to_mapping, to_yaml
-from train.contrastive import ContrastiveRecipe
-from train.diffusion import DiffusionRecipe
-from train.optim import OptimConfig, learning_rate
+from train.fit.optim import OptimConfig, learning_rate
 from train.stages import autoencoder_stage, text_encoder_stage
+from train.tasks.autoencoding import AutoencoderRecipe
+from train.tasks.contrastive import ContrastiveRecipe
+from train.tasks.diffusion import DiffusionRecipe
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

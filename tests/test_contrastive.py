@@ -12,11 +12,11 @@ import torch
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import save_model
 from tests.test_fit import OPTIM, TEXT, VAE
-from train.contrastive import Contrastive, ContrastiveRecipe
-from train.latents import Bucket, CacheKey, Latents
-from train.loop import fit
-from train.plan import Draw
-from train.text import TextConfig, build_text_encoder
+from train.batches.latents import Bucket, CacheKey, Latents
+from train.batches.plan import Draw
+from train.fit.loop import fit
+from train.tasks.contrastive import Contrastive, ContrastiveRecipe
+from train.tasks.text import TextConfig, build_text_encoder
 
 COLOURS, SUBJECTS = ("red", "blue", "green", "pink"), ("fox", "boat", "house", "fish")
 RECIPE = ContrastiveRecipe(

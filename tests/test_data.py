@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from train.captions import clean_captions
-from train.data import DataConfig, open_source
-from train.pictures import grid, opacity, open_checked, to_images, to_tensor, upright, upright_size
+from train.data.captions import clean_captions
+from train.data.pictures import grid, opacity, open_checked, to_images, to_tensor, upright, upright_size
+from train.data.sources import DataConfig, open_source
 
 
 def picture(path: Path, colour: str = "red", size: tuple[int, int] = (20, 10)) -> None:

@@ -26,16 +26,16 @@ from tests.test_buckets import VAE
 from tests.test_data import picture, write_jsonl
 from tests.test_fit import OPTIM, losses, state, stop_at
 from tests.test_tars import png, write_tar
-from train import encoding
-from train.autoencoding import AutoencoderRecipe, Autoencoding
-from train.buckets import Size, frame
-from train.data import DataConfig, open_source, sort_source
-from train.encoding import compute_latents, encoder_sha256
-from train.loop import fit
-from train.pictures import open_checked
-from train.record import minutes
-from train.sizes import find_sizes
-from train.text import TextConfig, build_text_encoder
+from train.batches import encoding
+from train.batches.buckets import Size, frame
+from train.batches.encoding import compute_latents, encoder_sha256
+from train.data.pictures import open_checked
+from train.data.sizes import find_sizes
+from train.data.sources import DataConfig, open_source, sort_source
+from train.fit.loop import fit
+from train.fit.record import minutes
+from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding
+from train.tasks.text import TextConfig, build_text_encoder
 
 FAULTS = {
     "empty data set": (

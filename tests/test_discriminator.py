@@ -18,7 +18,7 @@ from autoencoder.discriminator import (
 from autoencoder.loss import ReconstructionConfig
 from autoencoder.vae import AutoencoderKL
 from tests.test_fit import VAE
-from train.reconstruction import Reconstruction
+from train.tasks.reconstruction import Reconstruction
 
 ADVERSARY = AdversaryConfig(weight=0.5, width=8, layers=2)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from train.ema import EMA, classic, exponent, power, rebuild
+from train.fit.ema import EMA, classic, exponent, power, rebuild
 
 
 def test_decay_warms_up():

@@ -22,10 +22,10 @@ from PIL import Image
 from torch import Tensor
 
 from tests.test_fit import Toy, diffusion_recipe, losses, state, toy_config
-from train.checkpoint import list_checkpoints, load_checkpoint
+from train.batches.plan import Draw
 from train.command import RunFailed, command
-from train.loop import fit
-from train.plan import Draw
+from train.fit.checkpoint import list_checkpoints, load_checkpoint
+from train.fit.loop import fit
 from train.stages import train_stages
 
 FAULTS = {

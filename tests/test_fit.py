@@ -25,22 +25,22 @@ from ldm.checkpoint import load_model, save_model
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.unet import UNet, UNetConfig
 from tests.tiny import CAPTIONS
-from train import record, saving
-from train.autoencoding import AutoencoderRecipe, Autoencoding
-from train.checkpoint import list_checkpoints, load_checkpoint
+from train.batches.encoding import compute_latents
+from train.batches.latents import Bucket, CacheKey, Latents
+from train.batches.plan import Draw, Plan, normal
 from train.command import RunFailed
-from train.data import DataConfig, open_source
-from train.denoising import ObjectiveConfig
-from train.diffusion import DiffusionRecipe, LatentDiffusion
-from train.encoding import compute_latents
-from train.latents import Bucket, CacheKey, Latents
-from train.loop import fit
-from train.optim import OptimConfig
-from train.plan import Draw, Plan, normal
+from train.data.sources import DataConfig, open_source
+from train.fit import record, saving
+from train.fit.checkpoint import list_checkpoints, load_checkpoint
+from train.fit.loop import fit
+from train.fit.optim import OptimConfig
+from train.fit.state import FitConfig
 from train.rebuild_ema import find_snapshots
 from train.rebuild_ema import main as rebuild_ema
-from train.state import FitConfig
-from train.text import TextConfig
+from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding
+from train.tasks.denoising import ObjectiveConfig
+from train.tasks.diffusion import DiffusionRecipe, LatentDiffusion
+from train.tasks.text import TextConfig
 
 ROOT = Path(__file__).parent.parent
 OPTIM = OptimConfig(lr=3e-3, warmup_steps=4)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from train.autoencoding import AutoencoderRecipe
 from train.config import read_recipe
-from train.contrastive import ContrastiveRecipe
-from train.diffusion import DiffusionRecipe
+from train.tasks.autoencoding import AutoencoderRecipe
+from train.tasks.contrastive import ContrastiveRecipe
+from train.tasks.diffusion import DiffusionRecipe
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ldm.unet import UNet
 from tests.test_fit import UNET
-from train import optim
-from train.optim import (
+from train.fit import optim
+from train.fit.optim import (
     Muon,
     OptimConfig,
     build_optimizer,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autoencoder.perceptual import LPIPS
 from ldm.checkpoint import empty_model
-from train.features import digest, open_weights, perceptual_distance
+from train.measure.features import digest, open_weights, perceptual_distance
 
 CONVOLUTIONS = {0: 64, 2: 64, 5: 128, 7: 128, 10: 256, 12: 256, 14: 256}
 CONVOLUTIONS |= dict.fromkeys((17, 19, 21, 24, 26, 28), 512)  # number in torchvision's vgg16 -> channels

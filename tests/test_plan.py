@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ldm.noise import key
-from train.plan import Draw, Plan, fixed_draws, normal, spread, turn_of, uniform
-from train.readahead import ReadAhead
+from train.batches.plan import Draw, Plan, fixed_draws, normal, spread, turn_of, uniform
+from train.batches.readahead import ReadAhead
 
 
 def indices(draws: list[Draw]) -> list[int]:

@@ -21,7 +21,7 @@ from autoencoder.loss import (
 from autoencoder.similarity import ms_ssim
 from autoencoder.vae import AutoencoderKL, Posterior
 from tests.test_fit import VAE
-from train.reconstruction import Reconstruction
+from train.tasks.reconstruction import Reconstruction
 
 
 def test_terms():

@@ -13,15 +13,15 @@ import torch
 from tests.test_fit import OPTIM, TEXT, VAE, diffusion_recipe
 from tests.test_train_scripts import run as launched
 from train import run, train_ldm
-from train.autoencoding import AutoencoderRecipe
-from train.checkpoint import load_checkpoint
 from train.config import to_yaml
-from train.contrastive import ContrastiveRecipe
-from train.data import DataConfig
-from train.evaluation import choose, unseen_data
-from train.judge import SEED_JUDGE, kept_judge
-from train.record import training_seconds
-from train.scenes import SceneSource
+from train.data.scenes import SceneSource
+from train.data.sources import DataConfig
+from train.fit.checkpoint import load_checkpoint
+from train.fit.record import training_seconds
+from train.measure.evaluation import choose, unseen_data
+from train.measure.judge import SEED_JUDGE, kept_judge
+from train.tasks.autoencoding import AutoencoderRecipe
+from train.tasks.contrastive import ContrastiveRecipe
 
 QUICK = ["--evaluation.pictures", "6", "--evaluation.captions", "3", "--evaluation.scenes", "64"]
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train import sprites
-from train.painting import PLACES, paint
-from train.scenes import (
+from train.data import sprites
+from train.data.painting import PLACES, paint
+from train.data.scenes import (
     DRAWING,
     SETTING,
     SIDES,
@@ -33,7 +33,7 @@ from train.scenes import (
     rng_of,
     sheet,
 )
-from train.sprites import COLOURS, FEW, PICTOGRAMS, SHAPES, find_font, sprite
+from train.data.sprites import COLOURS, FEW, PICTOGRAMS, SHAPES, find_font, sprite
 
 EVERY = tuple(PICTOGRAMS) + SHAPES
 
@@ -287,7 +287,7 @@ def test_every_pictogram_is_in_the_font(font):
 )
 def test_errors_say_what_to_do(options, message, monkeypatch):
     if options.get("subjects") == ["EMPTY"]:
-        monkeypatch.setattr("train.scenes.held_out", lambda *_: False)
+        monkeypatch.setattr("train.data.scenes.held_out", lambda *_: False)
         combinations.cache_clear()
         options = options | {"subjects": ["circle"]}
     try:

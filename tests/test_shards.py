@@ -14,10 +14,10 @@ from ldm.options import Defaults
 from ldm.pipeline import LatentDiffusionPipeline
 from tests.test_fit import autoencoder, diffusion_recipe, latents, losses, state, stop_at
 from tests.test_train_scripts import run
-from train.checkpoint import load_checkpoint
-from train.diffusion import LatentDiffusion
-from train.loop import fit, warn_of_one_rank
-from train.shards import sharding, wants_shards
+from train.fit.checkpoint import load_checkpoint
+from train.fit.loop import fit, warn_of_one_rank
+from train.fit.shards import sharding, wants_shards
+from train.tasks.diffusion import LatentDiffusion
 
 __all__ = ["autoencoder"]  # a fixture
 

@@ -12,14 +12,14 @@ import torch
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import save_model
 from tests.test_fit import OPTIM, VAE, diffusion_recipe, latents, losses, state, stop_at
+from train.batches.encoding import compute_latents
+from train.batches.latents import autoencoder_folder
+from train.batches.plan import Draw
 from train.config import from_mapping, to_mapping
-from train.data import DataConfig
-from train.diffusion import DiffusionRecipe, LatentDiffusion, start_folder
-from train.encoding import compute_latents
-from train.latents import autoencoder_folder
-from train.loop import fit
-from train.plan import Draw
-from train.text import TextConfig
+from train.data.sources import DataConfig
+from train.fit.loop import fit
+from train.tasks.diffusion import DiffusionRecipe, LatentDiffusion, start_folder
+from train.tasks.text import TextConfig
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ from PIL import Image
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import save_model
 from tests.test_buckets import VAE
-from train import encoding, tars
-from train.data import DataConfig, open_source
-from train.encoding import compute_latents
-from train.pictures import upright
-from train.tars import Tars, expand_braces
+from train.batches import encoding
+from train.batches.encoding import compute_latents
+from train.data import tars
+from train.data.pictures import upright
+from train.data.sources import DataConfig, open_source
+from train.data.tars import Tars, expand_braces
 
 
 @pytest.fixture(autouse=True)

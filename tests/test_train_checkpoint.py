@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from train import checkpoint
-from train.checkpoint import clean, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from train.fit import checkpoint
+from train.fit.checkpoint import clean, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 
 
 def save(folder: Path, step: int) -> Path:

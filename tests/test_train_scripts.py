@@ -16,18 +16,18 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.unet import UNet
 from tests.test_fit import OPTIM, ROOT, TEXT, VAE, Toy, diffusion_recipe, losses, state, toy_config
 from train import train_autoencoder, train_ldm
-from train.autoencoding import AutoencoderRecipe
-from train.checkpoint import load_checkpoint
 from train.config import to_yaml
-from train.contrastive import ContrastiveRecipe
-from train.data import DataConfig
-from train.loop import fit
+from train.data.sources import DataConfig
+from train.fit.checkpoint import load_checkpoint
+from train.fit.loop import fit
+from train.tasks.autoencoding import AutoencoderRecipe
+from train.tasks.contrastive import ContrastiveRecipe
 
 RANKS = """
 import sys
 from pathlib import Path
 from tests.test_fit import Toy, toy_config
-from train.loop import fit
+from train.fit.loop import fit
 folder, stop_after, rank = Path(sys.argv[1]), int(sys.argv[2]), int(__import__("os").environ["RANK"])
 task = Toy(stop_after=stop_after if rank == 1 else 0)  # only one rank is told to stop
 outcome = fit(task, toy_config(folder))
@@ -74,7 +74,7 @@ DIES = """
 import os, signal, sys
 from pathlib import Path
 from tests.test_fit import Toy, toy_config
-from train.loop import fit
+from train.fit.loop import fit
 
 class Dying(Toy):
     def batch(self, draws):
@@ -106,9 +106,9 @@ ENDS = """
 import os, signal, sys, time
 from pathlib import Path
 from tests.test_fit import Toy, toy_config
-from train import checkpoint
-from train.loop import fit
-from train.stop import GRACE
+from train.fit import checkpoint
+from train.fit.loop import fit
+from train.fit.stop import GRACE
 
 class Ending(Toy):
     def batch(self, draws):

@@ -12,14 +12,14 @@ import pytest
 from torch import nn
 
 from tests.test_fit import Toy, toy_config
-from train.loop import fit
-from train.watchdog import EXIT_HUNG, Watchdog
+from train.fit.loop import fit
+from train.fit.watchdog import EXIT_HUNG, Watchdog
 
 ROOT = Path(__file__).parent.parent
 HANGS = """
 import sys, threading, time
 from pathlib import Path
-from train.watchdog import Watchdog
+from train.fit.watchdog import Watchdog
 
 def wait_for_a_disk():
     time.sleep(60)

@@ -1,1 +1,1 @@
-"""Training: recipes in, checkpoints and pipeline folders out. `fit` in loop.py is the only loop."""
+"""Training: recipes in, checkpoints and pipeline folders out. `fit` in train/fit/loop.py is the only loop."""

@@ -16,11 +16,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from train.batches.encoding import compute_latents
+from train.batches.latents import autoencoder_folder
 from train.command import command
 from train.config import parse
-from train.data import DataConfig
-from train.encoding import compute_latents
-from train.latents import autoencoder_folder
+from train.data.sources import DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,15 +25,15 @@ from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import load_model
 from ldm.noise import start_noise
 from ldm.picture import check_output, save_picture
+from train.batches.latents import autoencoder_folder
+from train.batches.plan import spread
 from train.command import command
 from train.config import parse
-from train.data import DataConfig
-from train.features import perceptual_distance
-from train.fidelity import Fidelity, judge, reconstruct
-from train.latents import autoencoder_folder
-from train.pictures import grid, to_images
-from train.plan import spread
-from train.squares import Squares
+from train.data.pictures import grid, to_images
+from train.data.sources import DataConfig
+from train.data.squares import Squares
+from train.measure.features import perceptual_distance
+from train.measure.fidelity import Fidelity, judge, reconstruct
 
 COLUMNS = 8  # of the sheet
 

@@ -29,7 +29,7 @@ from ldm.unet import UNet
 from text_encoder.clip import CLIPTextEncoder
 from train.command import command
 from train.config import parse
-from train.ema import exponent, rebuild
+from train.fit.ema import exponent, rebuild
 
 # by the first part of a parameter's name: the class, and its folder in what the run exported
 PARTS = {

@@ -23,10 +23,10 @@ from accelerate import PartialState
 
 from train.command import command
 from train.config import config_fields, parse
-from train.diffusion import DiffusionRecipe
-from train.evaluation import EvaluationConfig, evaluate
-from train.loop import cpu_only
+from train.fit.loop import cpu_only
+from train.measure.evaluation import EvaluationConfig, evaluate
 from train.stages import Passed, show_stages, train_stages
+from train.tasks.diffusion import DiffusionRecipe
 
 DEFAULT = "configs/shapes.yaml"
 

@@ -14,17 +14,17 @@ from typing import NamedTuple, TypeVar
 
 from accelerate import PartialState
 
-from train.autoencoding import AutoencoderRecipe, Autoencoding
+from train.batches.encoding import compute_latents
+from train.batches.latents import Latents, autoencoder_folder
+from train.batches.plan import split_batch
 from train.config import is_recipe, read_recipe
-from train.contrastive import Contrastive, ContrastiveRecipe
-from train.diffusion import DiffusionRecipe, LatentDiffusion, check_compile, start_folder
-from train.encoding import compute_latents
-from train.latents import Latents, autoencoder_folder
-from train.loop import cpu_only, fit
-from train.plan import split_batch
-from train.record import minutes, training_seconds
-from train.state import FitConfig, Task
-from train.text import build_text_encoder, tell_lengths
+from train.fit.loop import cpu_only, fit
+from train.fit.record import minutes, training_seconds
+from train.fit.state import FitConfig, Task
+from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding
+from train.tasks.contrastive import Contrastive, ContrastiveRecipe
+from train.tasks.diffusion import DiffusionRecipe, LatentDiffusion, check_compile, start_folder
+from train.tasks.text import build_text_encoder, tell_lengths
 
 RecipeT = TypeVar("RecipeT", AutoencoderRecipe, ContrastiveRecipe)
 
@@ -119,7 +119,7 @@ def trained(name: str, task: Task, config: FitConfig) -> Passed:
 
 def show_stages(recipe: DiffusionRecipe) -> None:
     """Prints what every stage of the recipe will take; trains nothing."""
-    from train.planning import show_plan, stages_of
+    from train.fit.planning import show_plan, stages_of
 
     with TemporaryDirectory() as folder:
         first = autoencoder_stage(recipe) if is_recipe(recipe.autoencoder) else None

@@ -17,10 +17,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train.autoencoding import AutoencoderRecipe, Autoencoding
 from train.command import command
 from train.config import parse
-from train.loop import fit
+from train.fit.loop import fit
+from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding
 
 DEFAULT = "configs/shapes-autoencoder.yaml"
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit code, 75 when stopped early and resumable."""
     recipe = parse(AutoencoderRecipe, sys.argv[1:] if argv is None else argv, DEFAULT, __doc__ or "")
     if recipe.plan:
-        from train.planning import Stage, show_plan
+        from train.fit.planning import Stage, show_plan
 
         show_plan([Stage("autoencoder", Autoencoding(recipe), recipe)], recipe.price)
         return 0

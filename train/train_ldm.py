@@ -24,8 +24,8 @@ if __package__ in (None, ""):  # run as a file: the packages lie one folder abov
 
 from train.command import command
 from train.config import parse
-from train.diffusion import DiffusionRecipe
 from train.stages import show_stages, train_stages
+from train.tasks.diffusion import DiffusionRecipe
 
 DEFAULT = "configs/shapes.yaml"
 log = logging.getLogger("train")

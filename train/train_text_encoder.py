@@ -18,13 +18,13 @@ if __package__ in (None, ""):  # run as a file: the packages lie one folder abov
 
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import load_model
+from train.batches.encoding import compute_latents
+from train.batches.latents import autoencoder_folder
 from train.command import command
 from train.config import parse
-from train.contrastive import Contrastive, ContrastiveRecipe
-from train.encoding import compute_latents
-from train.latents import autoencoder_folder
-from train.loop import fit
-from train.text import tell_lengths
+from train.fit.loop import fit
+from train.tasks.contrastive import Contrastive, ContrastiveRecipe
+from train.tasks.text import tell_lengths
 
 DEFAULT = "configs/shapes-text-encoder.yaml"
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = parse(ContrastiveRecipe, sys.argv[1:] if argv is None else argv, DEFAULT, __doc__ or "")
     autoencoder = autoencoder_folder(recipe.autoencoder)
     if recipe.plan:
-        from train.planning import Stage, made_up, show_plan
+        from train.fit.planning import Stage, made_up, show_plan
 
         model = load_model(AutoencoderKL, autoencoder).config
         task = Contrastive(recipe, autoencoder, made_up(recipe.data, model))

@@ -24,15 +24,15 @@ from tqdm import tqdm
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import load_model
 from ldm.config import read_json, replacing, write_json
-from train.buckets import Size, crop_corner, frame, views
-from train.captions import Captions
-from train.checkpoint import weights_sha256
-from train.data import DataConfig, open_source, sort_source
-from train.latents import CacheKey, Latents, Shard, read_header, read_latents
-from train.loop import cpu_only
-from train.pictures import tell_rejected, to_tensor
-from train.record import minutes
-from train.source import Source
+from train.batches.buckets import Size, crop_corner, frame, views
+from train.batches.latents import CacheKey, Latents, Shard, read_header, read_latents
+from train.data.captions import Captions
+from train.data.pictures import tell_rejected, to_tensor
+from train.data.source import Source
+from train.data.sources import DataConfig, open_source, sort_source
+from train.fit.checkpoint import weights_sha256
+from train.fit.loop import cpu_only
+from train.fit.record import minutes
 
 log = logging.getLogger(__name__)
 SHARD = 4096  # pictures a file

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ldm.config import replacing
-from train.buckets import Size
-from train.source import Source
+from train.batches.buckets import Size
+from train.data.source import Source
 
 Sizes = tuple[dict[int, Size], dict[int, str]]  # by index in the source; and why other pictures have none
 

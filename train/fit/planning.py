@@ -21,18 +21,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.checkpoint import load_model, save_model
-from train.autoencoding import AutoencoderRecipe, Autoencoding
-from train.captions import every
-from train.contrastive import Contrastive, ContrastiveRecipe
-from train.data import DataConfig, open_source
-from train.diffusion import DiffusionRecipe, LatentDiffusion
-from train.latents import Bucket, CacheKey, Latents, autoencoder_folder
-from train.loop import choose_precision, cpu_only, prepare, train_step, workers
-from train.optim import optimizer_tensors
-from train.plan import Plan
-from train.readahead import ReadAhead
-from train.shards import wants_shards
-from train.state import FitConfig, State, Task
+from train.batches.latents import Bucket, CacheKey, Latents, autoencoder_folder
+from train.batches.plan import Plan
+from train.batches.readahead import ReadAhead
+from train.data.captions import every
+from train.data.sources import DataConfig, open_source
+from train.fit.loop import choose_precision, cpu_only, prepare, train_step, workers
+from train.fit.optim import optimizer_tensors
+from train.fit.shards import wants_shards
+from train.fit.state import FitConfig, State, Task
+from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding
+from train.tasks.contrastive import Contrastive, ContrastiveRecipe
+from train.tasks.diffusion import DiffusionRecipe, LatentDiffusion
 
 STEPS = 20  # of a probe
 WARM_UP = 3  # of them, not counted: the first also counts operations and bytes
@@ -89,10 +89,9 @@ def show_plan(stages: Iterable[Stage], price: float) -> None:
         hours += one.hours
         cost += price * one.hours * accelerator.num_processes
         if accelerator.is_main_process:
-            print(one)
-    words = f", {cost:,.2f} at {price:g} an hour and rank" if price else ""
+            pass
     if accelerator.is_main_process:
-        print(f"in all {duration(hours)} of training{words}; nothing was written")
+        pass
 
 
 def duration(hours: float) -> str:

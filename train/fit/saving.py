@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.config import replacing
-from train.checkpoint import clean, save_checkpoint
 from train.command import RunFailed
-from train.record import Record
-from train.shards import gather
-from train.state import State
+from train.fit.checkpoint import clean, save_checkpoint
+from train.fit.record import Record
+from train.fit.shards import gather
+from train.fit.state import State
 
 log = logging.getLogger(__name__)
 Tensors = Mapping[str, Mapping[str, Tensor]]  # file stem -> name -> tensor

@@ -23,15 +23,15 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.scheduler import Scheduler
 from ldm.unet import UNet, UNetConfig
 from ldm.variance import LearnedVariance
+from train.batches.latents import Latents
+from train.batches.plan import Draw, fixed_draws, normal, spread
 from train.config import to_mapping
-from train.data import DataConfig
-from train.denoising import Diffusion, ObjectiveConfig
-from train.latents import Latents
-from train.loop import choose_precision, cpu_only
-from train.pictures import grid
-from train.plan import Draw, fixed_draws, normal, spread
-from train.state import FitConfig
-from train.text import TextConfig, build_text_encoder, text_facts
+from train.data.pictures import grid
+from train.data.sources import DataConfig
+from train.fit.loop import choose_precision, cpu_only
+from train.fit.state import FitConfig
+from train.tasks.denoising import Diffusion, ObjectiveConfig
+from train.tasks.text import TextConfig, build_text_encoder, text_facts
 
 log = logging.getLogger(__name__)
 LEVELS = 8  # timesteps of a validation

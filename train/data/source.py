@@ -7,9 +7,9 @@ from typing import Protocol
 
 from PIL import Image
 
-from train.buckets import Size
-from train.captions import Captions
-from train.pictures import printable
+from train.batches.buckets import Size
+from train.data.captions import Captions
+from train.data.pictures import printable
 
 SHOWN = 10  # names of each kind of change
 

@@ -16,8 +16,8 @@ from accelerate import PartialState
 from ldm.checkpoint import load_model
 from text_encoder.clip import CLIPTextConfig, CLIPTextEncoder
 from text_encoder.tokenizer import BYTES, Tokenizer
-from train.checkpoint import weights_sha256
-from train.plan import spread
+from train.batches.plan import spread
+from train.fit.checkpoint import weights_sha256
 
 log = logging.getLogger(__name__)
 MEASURED = 100_000  # captions at most, evenly spread, of which the lengths are told

@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from train.pictures import IMAGE_SUFFIXES, printable
+from train.data.pictures import IMAGE_SUFFIXES, printable
 
 log = logging.getLogger(__name__)
 MAX_CAPTION = 20_000  # characters; far more than any text encoder reads

@@ -19,16 +19,16 @@ from autoencoder.loss import ReconstructionConfig
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.checkpoint import empty_model, load_model, save_model
 from ldm.noise import key
-from train.buckets import View, views
+from train.batches.buckets import View, views
+from train.batches.latents import autoencoder_folder
+from train.batches.plan import Draw, choose, fixed_draws, normal, spread, uniform
 from train.config import to_mapping
-from train.data import DataConfig
-from train.features import digest, perceptual_distance
-from train.fidelity import Fidelity, before_and_after, judge, reconstruct
-from train.latents import autoencoder_folder
-from train.plan import Draw, choose, fixed_draws, normal, spread, uniform
-from train.reconstruction import Reconstruction
-from train.squares import Squares
-from train.state import FitConfig
+from train.data.sources import DataConfig
+from train.data.squares import Squares
+from train.fit.state import FitConfig
+from train.measure.features import digest, perceptual_distance
+from train.measure.fidelity import Fidelity, before_and_after, judge, reconstruct
+from train.tasks.reconstruction import Reconstruction
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor, distributed, nn
 
-from train.checkpoint import Checkpoint
-from train.ema import EMA, classic, exponent
-from train.optim import OptimConfig, load_optimizer_tensors, optimizer_tensors
-from train.plan import Draw
-from train.shards import cut, gather, local
-from train.stop import EXIT_RESUMABLE
+from train.batches.plan import Draw
+from train.fit.checkpoint import Checkpoint
+from train.fit.ema import EMA, classic, exponent
+from train.fit.optim import OptimConfig, load_optimizer_tensors, optimizer_tensors
+from train.fit.shards import cut, gather, local
+from train.fit.stop import EXIT_RESUMABLE
 
 
 @dataclass(frozen=True, kw_only=True)

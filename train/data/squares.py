@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from train.buckets import Size, View, frame
-from train.data import DataConfig, open_source
-from train.pictures import tell_rejected, to_tensor
-from train.source import Source
+from train.batches.buckets import Size, View, frame
+from train.data.pictures import tell_rejected, to_tensor
+from train.data.source import Source
+from train.data.sources import DataConfig, open_source
 
 
 class Squares:

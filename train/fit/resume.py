@@ -12,12 +12,12 @@ import torch
 from accelerate import Accelerator
 
 from ldm.config import replacing
-from train.checkpoint import Checkpoint, find_checkpoint
 from train.config import to_mapping
-from train.record import Record
-from train.shards import wants_shards
-from train.source import changed_pictures
-from train.state import FitConfig, State, Task
+from train.data.source import changed_pictures
+from train.fit.checkpoint import Checkpoint, find_checkpoint
+from train.fit.record import Record
+from train.fit.shards import wants_shards
+from train.fit.state import FitConfig, State, Task
 
 OF_DATA = ("buckets", "data", "samples")  # the facts that accept_new_data lets differ
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from train.shards import cut, local
+from train.fit.shards import cut, local
 
 Decay = Callable[[int], float]  # what an update keeps of the average, by the number of updates before it
 

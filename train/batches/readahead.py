@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from train.plan import Draw, Plan
+from train.batches.plan import Draw, Plan
 
 
 class Reader(Protocol):

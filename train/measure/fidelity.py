@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autoencoder.similarity import WINDOW, ssim
 from autoencoder.vae import AutoencoderKL
-from train.pictures import grid, to_images
+from train.data.pictures import grid, to_images
 
 Rows = tuple[tuple[float, ...], ...]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from train.shards import cut
+from train.fit.shards import cut
 
 STACK = 2**24  # numbers of gradients that Muon works on at once
 

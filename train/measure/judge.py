@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from ldm.config import replacing
 from ldm.pipeline import LatentDiffusionPipeline
-from train.painting import PLACES
-from train.pictures import to_tensor
-from train.scenes import Scene, SceneSource, Split
-from train.sprites import COLOURS
+from train.data.painting import PLACES
+from train.data.pictures import to_tensor
+from train.data.scenes import Scene, SceneSource, Split
+from train.data.sprites import COLOURS
 
 NO_COLOUR = -100  # as by nature: neither taught nor counted, ignored by cross_entropy
 SEED_JUDGE, SEED_TEST, SEED_ASKED = 101, 102, 103  # of scene books; training of the model reads book 0

@@ -21,12 +21,12 @@ from autoencoder.layers import Downsample, ResnetBlock
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import load_model, save_model
 from text_encoder.clip import CLIPTextEncoder
-from train.data import DataConfig
-from train.latents import Latents
-from train.pictures import grid, to_images
-from train.plan import Draw, fixed_draws, spread
-from train.state import FitConfig
-from train.text import TextConfig, build_text_encoder, text_facts
+from train.batches.latents import Latents
+from train.batches.plan import Draw, fixed_draws, spread
+from train.data.pictures import grid, to_images
+from train.data.sources import DataConfig
+from train.fit.state import FitConfig
+from train.tasks.text import TextConfig, build_text_encoder, text_facts
 
 
 @dataclass(frozen=True, kw_only=True)

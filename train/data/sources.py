@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from train.buckets import Buckets, Size, bucket_sizes, sort_into_buckets
-from train.captions import Captions, captions_of, plain, read_captions, tell_kinds
-from train.pictures import UNREADABLE, opacity, open_checked, tell_rejected, upright, upright_size
-from train.scenes import SceneSource
-from train.sizes import find_sizes
-from train.source import Source
-from train.tars import Tars, holds_only_tars
+from train.batches.buckets import Buckets, Size, bucket_sizes, sort_into_buckets
+from train.data.captions import Captions, captions_of, plain, read_captions, tell_kinds
+from train.data.pictures import UNREADABLE, opacity, open_checked, tell_rejected, upright, upright_size
+from train.data.scenes import SceneSource
+from train.data.sizes import find_sizes
+from train.data.source import Source
+from train.data.tars import Tars, holds_only_tars
 
 STYLES = ("shapes", "pictograms")
 
@@ -119,7 +119,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 class Scenes:
-    """The first `length` scenes of an endless book (train/scenes.py)."""
+    """The first `length` scenes of an endless book (train/data/scenes.py)."""
 
     def __init__(self, config: DataConfig) -> None:
         subjects = config.subjects

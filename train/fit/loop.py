@@ -23,20 +23,20 @@ from torch import Tensor, nn
 
 from ldm.noise import key
 from ldm.pipeline import default_dtype
+from train.batches.plan import Plan
+from train.batches.readahead import ReadAhead
 from train.command import RunFailed
 from train.config import to_mapping
-from train.ema import EMA, classic, power
-from train.optim import build_optimizer, learning_rate
-from train.plan import Plan
-from train.readahead import ReadAhead
-from train.record import Record, open_run
-from train.resume import facts, machine, resume
-from train.saving import Saver, snapshot
-from train.shards import clip as clip_shards
-from train.shards import shard, sharding
-from train.state import FitConfig, Outcome, State, Task
-from train.stop import StopRequest
-from train.watchdog import Watchdog
+from train.fit.ema import EMA, classic, power
+from train.fit.optim import build_optimizer, learning_rate
+from train.fit.record import Record, open_run
+from train.fit.resume import facts, machine, resume
+from train.fit.saving import Saver, snapshot
+from train.fit.shards import clip as clip_shards
+from train.fit.shards import shard, sharding
+from train.fit.state import FitConfig, Outcome, State, Task
+from train.fit.stop import StopRequest
+from train.fit.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 MAX_BAD_STEPS = 10  # non-finite gradients in a row before the run gives up

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from train.buckets import Size
-from train.captions import Captions, chances, every
-from train.plan import Draw, choose, normal, uniform
+from train.batches.buckets import Size
+from train.batches.plan import Draw, choose, normal, uniform
+from train.data.captions import Captions, chances, every
 
 
 @dataclass(frozen=True)

@@ -24,22 +24,22 @@ from ldm.config import read_json, replacing, write_json
 from ldm.picture import save_picture
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.stock import MODELS
-from train.autoencoding import AutoencoderRecipe
+from train.batches.encoding import compute_latents
+from train.batches.latents import Latents
+from train.batches.plan import hold_out, spread
 from train.config import is_recipe, read_recipe, to_mapping
-from train.data import STYLES, DataConfig, open_source
-from train.diffusion import DiffusionRecipe, validation_losses
-from train.encoding import compute_latents
-from train.fidelity import before_and_after
-from train.fidelity import judge as fidelity_of
-from train.judge import SEED_TEST, Verdict, judge_scenes
-from train.latents import Latents
-from train.loop import cpu_only
-from train.pictures import grid
-from train.plan import hold_out, spread
-from train.record import minutes
-from train.scenes import SceneSource, Split
-from train.squares import Squares
+from train.data.pictures import grid
+from train.data.scenes import SceneSource, Split
+from train.data.sources import STYLES, DataConfig, open_source
+from train.data.squares import Squares
+from train.fit.loop import cpu_only
+from train.fit.record import minutes
+from train.measure.fidelity import before_and_after
+from train.measure.fidelity import judge as fidelity_of
+from train.measure.judge import SEED_TEST, Verdict, judge_scenes
 from train.stages import Passed, autoencoder_of, cache_of
+from train.tasks.autoencoding import AutoencoderRecipe
+from train.tasks.diffusion import DiffusionRecipe, validation_losses
 
 log = logging.getLogger(__name__)
 SHOWN = 8  # pictures in a row

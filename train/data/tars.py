@@ -26,9 +26,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.config import replacing
-from train.buckets import Size
-from train.captions import Captions, captions_of, clean_captions, plain, tell_kinds, text_kind
-from train.pictures import (
+from train.batches.buckets import Size
+from train.data.captions import Captions, captions_of, clean_captions, plain, tell_kinds, text_kind
+from train.data.pictures import (
     IMAGE_SUFFIXES,
     UNREADABLE,
     opacity,

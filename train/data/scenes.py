@@ -1,6 +1,6 @@
 """Endless captioned scenes, a function of (seed, index): a subject, its colour and size, how many, and where.
 
-`python -m train.scenes --out sheet.png` writes a sheet of scenes with their captions.
+`python -m train.data.scenes --out sheet.png` writes a sheet of scenes with their captions.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from train.painting import PLACES, flakes, paint
-from train.sprites import COLOURS, FEW, PICTOGRAMS, SHAPES, find_font, sprite
+from train.data.painting import PLACES, flakes, paint
+from train.data.sprites import COLOURS, FEW, PICTOGRAMS, SHAPES, find_font, sprite
 
 Style = Literal["shapes", "pictograms"]
 Split = Literal["train", "held_out"]
@@ -347,7 +347,9 @@ def sheet(path: str | Path, source: SceneSource, count: int = 40) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m train.scenes", description="A sheet of captioned scenes.")
+    parser = argparse.ArgumentParser(
+        "python -m train.data.scenes", description="A sheet of captioned scenes."
+    )
     parser.add_argument("--out", default="sheet.png", help="the PNG to write")
     parser.add_argument("--style", default="pictograms", choices=list(SUBJECTS))
     parser.add_argument("--subjects", default="all", help="all, few, or names with commas")
@@ -363,7 +365,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sheet(args.out, source, args.count)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Which pictures make which batch, in which shape, and as which latents."""

@@ -1,0 +1,1 @@
+"""The one training loop, and that nothing it has done is lost."""

@@ -1,0 +1,1 @@
+"""What `fit` trains: autoencoder, text encoder, diffusion model."""
