@@ -365,6 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sheet(args.out, source, args.count)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -89,9 +89,10 @@ def show_plan(stages: Iterable[Stage], price: float) -> None:
         hours += one.hours
         cost += price * one.hours * accelerator.num_processes
         if accelerator.is_main_process:
-            pass
+            print(one)
+    words = f", {cost:,.2f} at {price:g} an hour and rank" if price else ""
     if accelerator.is_main_process:
-        pass
+        print(f"in all {duration(hours)} of training{words}; nothing was written")
 
 
 def duration(hours: float) -> str:
