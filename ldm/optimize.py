@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from autoencoder.layers import AttentionBlock, GroupNormSiLU, to_image, to_tokens
 from ldm import native
-from ldm.attention import GEGLU, CrossAttention, SelfAttentionBlock
+from ldm.attention import GEGLU, CrossAttention, SelfAttentionBlock, by_native_kernel
 
 if TYPE_CHECKING:
     from ldm.pipeline import LatentDiffusionPipeline
@@ -117,9 +117,7 @@ def norm_silu(layer: GroupNormSiLU, x: Tensor, added: Tensor | None = None) -> T
 
 
 def attention(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if native.takes(q, k, v):
-        return native.attention(q, k, v, block.heads)
-    return type(block).attend(block, q, k, v)
+    return by_native_kernel(q, k, v, block.heads)
 
 
 KERNELS = {"(3, 3) (1, 1)": convolution, "(1, 1) (0, 0)": pointwise}  # by kernel_size and padding

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.native.build import library
 from ldm.native.memory import POOL
 
+WIDEST = 256  # channels of a head, up to which `attention` is the faster one
 CHANNELS = 32  # the channels of a layer are a multiple of it, whatever the vectors of a CPU hold
 
 

@@ -11,10 +11,10 @@
 
 namespace {
 
-constexpr int QUERIES = 24, KEYS = 256;  // in a block
+constexpr int QUERIES = 96, KEYS = 128;  // in a block
 constexpr int PANEL = 2 * W;             // keys side by side
 constexpr int64_t DEPTH = 128;           // values that are added up at a time, for the first cache
-constexpr int64_t CACHED = 1 << 14;      // floats of a block's keys, for the second
+constexpr int64_t CACHED = 1 << 16;      // floats of a block's keys, for the second
 
 struct Rows {  // of one head in (batch, n, heads * D)
   const float* p;
