@@ -1,4 +1,4 @@
-"""Generation on a GPU at the size of Stable Diffusion 1.5: our pipeline's ways, diffusers', and attention.
+"""Generation on a GPU at the size of Stable Diffusion 1.5: our pipeline's ways, and diffusers'.
 
   python bench/gpu_generate.py                          512x512, batches of 1, 4 and 16, all rows
   python bench/gpu_generate.py --batches 1 --steps 0    UNet calls only
@@ -7,35 +7,28 @@
 Random weights, the same for all, with guidance, by DDIM. Each row is a process of its own and they take
 turns. Memory is the most that torch reserves on the device in a call, weights included. The relative error is
 to our pipeline in float32 without TF32. A share of 1 is the rate of a large product of two bf16 matrices,
-measured in the same run. The last table times each kernel of attention at each shape of the UNet.
+measured in the same run. bench/attention.py times each kernel of attention at each shape of the UNet.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autoencoder.layers import scaled_dot_product
-from bench.measure import hardware, matmul_rate, seconds, table
+from bench.measure import hardware, matmul_rate, table
 from bench.models import SD1, narrower, unet_flop, write_pipeline
-from bench.rows import Make, Result, Row, Settings, chosen, race, reason, start
+from bench.rows import Make, Result, Row, Settings, chosen, race, start
 from bench.sides import Ours, OursCompiled, OursGraphed, OursOptimized, Theirs, TheirsFastest
-from ldm.attention import CrossAttention, SelfAttention, memory_efficient
-from ldm.unet import UNet, UNetConfig
+from ldm.unet import UNetConfig
 
 HALF = torch.bfloat16
 
@@ -63,89 +56,6 @@ ROWS: dict[str, Make] = {
     "diffusers, bf16": partial(Theirs, dtype=HALF),
     "diffusers, bf16, fastest recipe": TheirsFastest,
 }
-
-
-# attention, shape by shape
-
-
-class Shape(NamedTuple):
-    """Of the queries and keys of one attention."""
-
-    batch: int
-    heads: int
-    queries: int
-    keys: int
-    channels: int  # of a head
-
-
-def attention_shapes(config: UNetConfig, batch: int, pixels: int) -> Counter[Shape]:
-    """The shapes of attention in one UNet call for `batch` pictures with guidance, and how often each is."""
-    found: Counter[Shape] = Counter()
-
-    def note(module: CrossAttention, inputs: tuple[Tensor, Tensor]) -> None:
-        x, context = inputs
-        keys = (x if isinstance(module, SelfAttention) else context).shape[1]
-        channels = module.to_q.out_features // module.heads
-        found[Shape(len(x), module.heads, x.shape[1], keys, channels)] += 1
-
-    with torch.device("meta"), torch.no_grad():  # shapes without numbers
-        unet = UNet(config)
-        for module in unet.modules():
-            if isinstance(module, CrossAttention):
-                module.register_forward_pre_hook(note)
-        xt = torch.empty(2 * batch, config.in_channels, pixels // 8, pixels // 8)
-        unet(xt, torch.empty(2 * batch), torch.empty(2 * batch, 77, config.cross_attention_dim))
-    return found
-
-
-def only(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    with sdpa_kernel(backend):
-        return scaled_dot_product(q, k, v, heads)
-
-
-KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
-    "xformers": memory_efficient,
-    "SDPA's choice": scaled_dot_product,
-    "SDPA flash": partial(only, SDPBackend.FLASH_ATTENTION),
-    "SDPA cuDNN": partial(only, SDPBackend.CUDNN_ATTENTION),
-    "SDPA efficient": partial(only, SDPBackend.EFFICIENT_ATTENTION),
-}
-
-
-def kernel_time(kernel: Callable[..., Tensor], shape: Shape, device: torch.device, rounds: int) -> float:
-    """Seconds of one call, of several in a row that hide the launch. Raises what the kernel raises."""
-    width = shape.heads * shape.channels
-    q = torch.randn(shape.batch, shape.queries, width, device=device, dtype=HALF)
-    k, v = (torch.randn(shape.batch, shape.keys, width, device=device, dtype=HALF) for _ in range(2))
-    calls = 20 if device.type == "cuda" else 1
-
-    def call() -> None:
-        for _ in range(calls):
-            kernel(q, k, v, shape.heads)
-
-    call()
-    return statistics.median(seconds(call, device) for _ in range(rounds)) / calls
-
-
-@torch.no_grad()
-def show_attention(config: UNetConfig, batch: int, pixels: int, device: torch.device, rounds: int) -> None:
-    """Prints the time of every kernel at every shape, the fastest of each, and why some cannot run."""
-    lines, why = [], {}
-    for shape, count in attention_shapes(config, batch, pixels).items():
-        times: dict[str, float] = {}
-        for name, kernel in KERNELS.items():
-            try:
-                times[name] = kernel_time(kernel, shape, device, rounds)
-            except (ValueError, RuntimeError) as error:
-                why[name] = reason(error)
-        cells = [f"{1e6 * times[name]:.0f}" if name in times else "-" for name in KERNELS]
-        size = f"{shape.batch} x {shape.heads} x {shape.queries} x {shape.keys} x {shape.channels}"
-        lines.append([size, str(count), *cells, min(times, key=times.__getitem__)])
-    print(table(["rows x heads x queries x keys x channels", "times", *KERNELS, "fastest"], lines))
-    print(f"\nMicroseconds of a call in {HALF}.", *(f"\n- {name}: {words}" for name, words in why.items()))
-
-
-# the tables
 
 
 def show_unet(results: Sequence[Result], batch: int, flop: int, rate: float) -> None:
@@ -226,8 +136,6 @@ def main() -> None:
         threads, warm_up = torch.get_num_threads(), 3 if device.type == "cuda" else 1
         settings = Settings(Path(folder), options.device, options.size, options.steps, threads, warm_up)
         race_all(start(makes, settings, stack), size.unet, options, rate)
-    for batch in map(int, options.batches.split(",")):
-        show_attention(size.unet, batch, options.size, device, options.rounds)
 
 
 if __name__ == "__main__":

@@ -59,12 +59,8 @@ def automatic(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def by_native_kernel(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Our own kernel, for float32 on a CPU and no gradient; what it does not take goes the automatic way.
-
-    So do heads of many channels, which are little but matrix products: torch's are faster.
-    """
-    narrow = q.shape[-1] // heads <= native.WIDEST
-    return (native.attention if narrow and native.takes(q, k, v) else automatic)(q, k, v, heads)
+    """Our own kernel where it can run and is the faster one; all else goes the automatic way."""
+    return (native.attention if native.attends(q, k, v, heads) else automatic)(q, k, v, heads)
 
 
 BACKENDS: dict[str, Kernel] = {

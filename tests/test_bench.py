@@ -29,6 +29,7 @@ RUNS = {
         ["--device", "cpu", "--tiny", "--rows", "CUDA graph of a step"],
         "| ours, CUDA graph of a step | needs CUDA |",
     ),
+    "attention": (["--device", "cpu", "--size", "64", "--rounds", "1"], "| 1 x 1 x 64 x 64 x 512 | 1 |"),
     "ranks": (["ldm/bundled", "--batch", "2", "--steps", "1"], '{"seconds": '),
 }
 

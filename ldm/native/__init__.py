@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.native.build import library
 from ldm.native.memory import POOL
 
-WIDEST = 256  # channels of a head, up to which `attention` is the faster one
+WIDEST = 256  # channels of a head that `attends` takes
 CHANNELS = 32  # the channels of a layer are a multiple of it, whatever the vectors of a CPU hold
 
 
@@ -28,6 +28,11 @@ def takes(*tensors: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
+
+
+def attends(q: Tensor, k: Tensor, v: Tensor, heads: int) -> bool:
+    """Is `attention` to be used? Wide heads are little but matrix products, and torch's are faster there."""
+    return q.shape[-1] // heads <= WIDEST and takes(q, k, v)
 
 
 @cache
