@@ -151,7 +151,8 @@ def main() -> None:
         print(f"{where}; {hardware(torch.device('cpu'))}; medians of {options.rounds} rounds\n", flush=True)
         show(race(asked, "unet", options.batch, options.rounds), "UNet call")
         if options.steps:
-            show(race(asked, "picture", options.batch, options.rounds), f"picture, {options.steps} steps")
+            pictures = race(asked, "picture", options.batch, options.rounds, warmed_by="unet")
+            show(pictures, f"picture, {options.steps} steps")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ class Bench(NamedTuple):
 
     def seconds(self, row: Row, what: str, batch: int) -> float:
         """The median of some calls. Raises Unavailable, with the reason, if there are none."""
-        row.ask("answer", what, batch)
+        row.ask("warm_up", what, batch)
         times = [row.ask("seconds", what, batch) for _ in range(self.options.rounds)]
         return statistics.median(answered(row, times, what, batch))
 
@@ -138,7 +138,8 @@ class Bench(NamedTuple):
     def draw_bytes(self, make: Make, side: int) -> float:
         """Of a new process, which holds nothing of other sizes."""
         with Row("", make, self.settings) as row:
-            row.ask("answer", f"{side} 1", 1)
+            row.ask("warm_up", f"{side} 1", 1)
+            row.ask("seconds", f"{side} 1", 1)
             return answered(row, [row.ask("memory", f"{side} 1", 1)], f"{side} 1", 1)[0]
 
 

@@ -103,7 +103,7 @@ class Trained(NamedTuple):
 def train(name: str, make: Make, settings: Settings, steps: int) -> Trained:
     """Builds one row, measures it and ends it."""
     with Row(name, make, settings) as row:
-        row.ask("answer", "step", 0)  # warms up
+        row.ask("warm_up", "step", 0)
         times = [row.ask("seconds", "step", 0) for _ in range(steps)]
         memory, share = row.ask("memory", "step", 0), row.ask("profile", "step", 0)
     return Trained(name, row.why) if row.why else Trained(name, "", statistics.median(times), memory, share)

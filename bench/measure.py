@@ -33,22 +33,25 @@ def seconds(call: Call, device: torch.device) -> float:
     return first.elapsed_time(last) / 1e3
 
 
-def peak_bytes(call: Call, device: torch.device) -> int:
-    """The most memory that this process holds during a call, what it held before included.
-
-    On a GPU what torch has reserved there: it counts the pools of CUDA graphs, which "allocated" does not.
-    Elsewhere the resident set, libraries included; where the system cannot forget its peak, that of all time.
-    """
+def forget_peak(device: torch.device) -> None:
+    """Begins anew what `peak_bytes` tells. Where the system cannot forget, it is the peak of all time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        call()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has held since `forget_peak`, what it held before included.
+
+    On a GPU what torch has reserved there: it counts the pools of CUDA graphs, which "allocated" does not.
+    Elsewhere the resident set, libraries included.
+    """
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_reserved(device)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of the resident set
-    call()
     return resident_peak()
 
 

@@ -54,9 +54,8 @@ Make = Callable[[Settings], Side]
 def serve(line: Connection, make: Make, settings: Settings) -> None:
     """Build a side, then answer until the parent is gone: (True, answer) or (False, why not)."""
     torch.set_num_threads(settings.threads)
-    device = torch.device(settings.device)
     try:
-        side = make(settings)
+        answers = Answers(make(settings), torch.device(settings.device), settings.warm_up)
         line.send((True, None))
     except Exception as error:  # noqa: BLE001  # whatever a library raises is this row's own
         line.send((False, reason(error)))
@@ -65,25 +64,46 @@ def serve(line: Connection, make: Make, settings: Settings) -> None:
         while True:
             asked = line.recv()
             try:
-                line.send((True, answer(side, *asked, device=device, warm_up=settings.warm_up)))
+                line.send((True, answers(*asked)))
             except Exception as error:  # noqa: BLE001  # likewise
                 line.send((False, reason(error)))
     except EOFError:
         return
 
 
-def answer(side: Side, question: str, what: str, batch: int, *, device: torch.device, warm_up: int) -> Any:
-    """What a side computes, as float32, after calls that are not counted; or time, memory, profile of one."""
-    call = lambda: side.call(what, batch)
-    if question == "seconds":
-        return measure.seconds(call, device)
-    if question == "memory":
-        return measure.peak_bytes(call, device)
-    if question == "profile":
-        return kernels.shares(call, device)
-    for _ in range(warm_up):
-        call()
-    return call().float().cpu().numpy()
+class Answers:
+    """What a side is asked, by the names of these methods, beginning with warm_up: calls that are not counted."""
+
+    def __init__(self, side: Side, device: torch.device, warm_up: int) -> None:
+        self.side, self.device, self.calls = side, device, warm_up
+        self.last = torch.empty(0)  # what the last timed call computed
+
+    def __call__(self, question: str, what: str, batch: int) -> Any:
+        return getattr(self, question)(lambda: self.side.call(what, batch))
+
+    def warm_up(self, call: Callable[[], Tensor]) -> None:
+        for _ in range(self.calls):
+            call()
+        measure.forget_peak(self.device)
+
+    def seconds(self, call: Callable[[], Tensor]) -> float:
+        """Of one call."""
+
+        def keep() -> None:
+            self.last = call()
+
+        return measure.seconds(keep, self.device)
+
+    def memory(self, call: Callable[[], Tensor]) -> int:
+        """The most bytes since the calls that are not counted."""
+        return measure.peak_bytes(self.device)
+
+    def answer(self, call: Callable[[], Tensor]) -> np.ndarray:
+        """Of the last timed call, in float32."""
+        return self.last.float().cpu().numpy()
+
+    def profile(self, call: Callable[[], Tensor]) -> kernels.Share:
+        return kernels.shares(call, self.device)
 
 
 def reason(error: BaseException) -> str:
@@ -149,15 +169,22 @@ class Result(NamedTuple):
     error: float = 0.0  # relative, to the first row's answer
 
 
-def race(rows: Sequence[Row], what: str, batch: int, rounds: int) -> list[Result]:
-    """Asks every row in turn, in every round. The first row's answer is what the others are compared with."""
-    answers = [row.ask("answer", what, batch) for row in rows]
+def race(
+    rows: Sequence[Row], what: str, batch: int, rounds: int, warmed_by: str | None = None
+) -> list[Result]:
+    """Asks every row in turn, in every round. The first row's answer is what the others are compared with.
+
+    warmed_by: what is called before, uncounted; None: the same.
+    """
+    for row in rows:
+        row.ask("warm_up", warmed_by or what, batch)
     times: list[list[float]] = [[] for _ in rows]
     for _ in range(rounds):
         for row, spent in zip(rows, times):
             if (one := row.ask("seconds", what, batch)) is not None:
                 spent.append(one)
     peaks = [row.ask("memory", what, batch) for row in rows]
+    answers = [row.ask("answer", what, batch) for row in rows]
     results = []
     for row, found, spent, peak in zip(rows, answers, times, peaks):
         if row.why or answers[0] is None:
