@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bench.measure import hardware, table
 from bench.models import SD1, Size, narrower, write_pipeline
-from bench.rows import Make, Result, Settings, Unavailable, chosen, race, start
+from bench.rows import Make, Result, Row, Settings, Unavailable, chosen, race, start
 from bench.sides import Ours, OursCompiled, OursOptimized, Theirs, TheirsCompiled, TheirsFrozen
 from ldm.pipeline import default_dtype
 
@@ -122,6 +122,18 @@ def show(results: Sequence[Result], what: str) -> None:
     print(table([what, "seconds", "times as fast as the first", "GiB", "relative error"], lines) + "\n")
 
 
+def show_profiles(rows: Sequence[Row], batch: int) -> None:
+    """Prints which groups of operators a UNet call spends its time in, in percent of it."""
+    found = {row.name: row.ask("profile", "unet", batch) for row in rows if not row.why}
+    groups = list(next(iter(found.values())).groups)
+    lines = [
+        [name, *(f"{100 * share.groups[group]:.0f}" for group in groups)]
+        for name, share in found.items()
+        if share is not None
+    ]
+    print(table(["% of a UNet call", *groups], lines) + "\n", flush=True)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -132,6 +144,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="in each, every row has its turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each row")
     parser.add_argument("--channels", default="", help="of the levels of a smaller UNet, such as 64,128,256")
+    parser.add_argument("--profile", action="store_true", help="where the time of each row's UNet call goes")
     parser.add_argument("--rows", default="", help="parts of the names of rows, with semicolons between them")
     return parser.parse_args()
 
@@ -150,6 +163,8 @@ def main() -> None:
         where = f"{options.size}x{options.size} pixels, batch {options.batch} with guidance"
         print(f"{where}; {hardware(torch.device('cpu'))}; medians of {options.rounds} rounds\n", flush=True)
         show(race(asked, "unet", options.batch, options.rounds), "UNet call")
+        if options.profile:
+            show_profiles(asked, options.batch)
         if options.steps:
             pictures = race(asked, "picture", options.batch, options.rounds, warmed_by="unet")
             show(pictures, f"picture, {options.steps} steps")

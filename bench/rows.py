@@ -72,7 +72,7 @@ def serve(line: Connection, make: Make, settings: Settings) -> None:
 
 
 class Answers:
-    """What a side is asked, by the names of these methods, beginning with warm_up: calls that are not counted."""
+    """What a side is asked, by the names of these methods. It begins with warm_up, which is not counted."""
 
     def __init__(self, side: Side, device: torch.device, warm_up: int) -> None:
         self.side, self.device, self.calls = side, device, warm_up
