@@ -294,16 +294,11 @@ def pooled_text(config: UNetConfig) -> nn.Module:
 
 
 def text_and_sizes(config: UNetConfig) -> nn.Module:
-    return TextAndSizes(
-        config.projection_class_embeddings_input_dim or 0,
-        4 * config.block_out_channels[0],
-        embed=partial(
-            timestep_embedding,
-            channels=config.addition_time_embed_dim or 0,
-            cos_first=config.flip_sin_to_cos,
-            freq_shift=config.freq_shift,
-        ),
+    size = config.addition_time_embed_dim or 0
+    embed = partial(
+        timestep_embedding, channels=size, cos_first=config.flip_sin_to_cos, freq_shift=config.freq_shift
     )
+    return TextAndSizes(config.pooled_channels, size, 4 * config.block_out_channels[0], embed=embed)
 
 
 ADDED = {None: no_pooled_text, "text": pooled_text, "text_time": text_and_sizes}  # to the time's embedding

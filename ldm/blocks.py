@@ -107,9 +107,11 @@ class TextAndSizes(TimeEmbedding):
     scaled and cropped, and is told what to draw (Podell et al. 2023, section 2.2).
     """
 
-    def __init__(self, in_channels: int, channels: int, *, embed: Callable[[Tensor], Tensor]) -> None:
-        """in_channels: of the pooled text, and six times those that embed gives a number: (6 B,) -> (6 B, S)."""
-        super().__init__(in_channels, channels)
+    def __init__(
+        self, pooled_channels: int, size_channels: int, channels: int, *, embed: Callable[[Tensor], Tensor]
+    ) -> None:
+        """embed: sizes (B,) -> (B, size_channels)."""
+        super().__init__(pooled_channels + 6 * size_channels, channels)
         self.embed = embed
 
     def forward(self, temb: Tensor, context: Tensor | Context | None) -> Tensor:  # type: ignore[override]

@@ -70,7 +70,8 @@ class UNet(nn.Module):
         """The model's prediction, in whatever kind it was trained on: (B, out_channels, h, w).
 
         xt: (B, in_channels, h, w), any h and w. t: (B,), or (1,) for all; 0 is the cleanest.
-        context: (B, N, cross_attention_dim), or a Context, which tells SDXL more. class_labels: (B,) int64, for a UNet with num_class_embeds.
+        context: (B, N, cross_attention_dim), or a Context, which tells SDXL more.
+        class_labels: (B,) int64, for a UNet with num_class_embeds.
         Of k texts for every xt, (k * B, N, D) as cat([texts 1, texts 2]), come as many answers, and what does
         not depend on the text is computed once. So it is with k * B class_labels.
         Raises ValueError if class_labels is missing, or given to a UNet without classes, if SDXL is told too
