@@ -34,7 +34,7 @@ class Defaults:
         check_guidance(self.guidance_scale, self.guidance_rescale)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Framing:
     """How SDXL frames a picture: pairs of pixels, vertical first (Podell et al. 2023, section 2.2).
 

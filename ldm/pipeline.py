@@ -23,7 +23,7 @@ from ldm.noise import Noise
 from ldm.outputs import FORMATS, OutputType, PipelineOutput
 from ldm.parts import read_parts, write_parts
 from ldm.requests import Request
-from ldm.sample import Step, trajectory
+from ldm.sample import Denoiser, Step, trajectory
 from ldm.scheduler import Scheduler
 from ldm.solvers import SOLVERS, Tableau
 from ldm.texts import OneText, TwoTexts, texts_of
@@ -240,8 +240,7 @@ class LatentDiffusionPipeline(Movable):
 
         seed: of the first image; image i has seed + i, or give one for each.
         generator: draws the first noise as in diffusers. latents: that noise, (B, C, h, w) standard normal.
-        prompt_embeds: what encode_prompts gives. original_size and the two after it: for SDXL, see
-        options.Framing.
+        original_size, crops_coords_top_left, target_size: for SDXL alone, see options.Framing.
         guidance_interval: (low, high) in log(alpha / sigma), no guidance outside. sampler: a name in SOLVERS.
         callback_on_step_end: called with (pipeline, step, t, tensors) after each model call; tensors may be
         "latents" and "x0", the clean latents the model sees; it may return {"latents": ...} to go on from.
@@ -251,11 +250,7 @@ class LatentDiffusionPipeline(Movable):
         rescale = self.defaults.guidance_rescale if guidance_rescale is None else guidance_rescale
         options.check_guidance(scale, rescale, guidance_interval)
         options.check_choice("output_type", output_type, FORMATS)
-        for name in callback_on_step_end_tensor_inputs:
-            options.check_choice("callback_on_step_end_tensor_inputs", name, ("latents", "x0"))
-        framing = options.Framing(
-            original_size=original_size, crops_coords_top_left=crops_coords_top_left, target_size=target_size
-        )
+        framing = options.Framing(original_size, crops_coords_top_left, target_size)
         tableau = self.tableau(num_inference_steps, sampler)
         context, uncond, cut = self._contexts(
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt, clip_skip
@@ -270,13 +265,7 @@ class LatentDiffusionPipeline(Movable):
         denoise = conditional(predict, context, kind)
         if scale > 1:
             denoise = classifier_free(predict, context, uncond, scale, kind, rescale, guidance_interval)
-        run = trajectory(self._present(self.unet)(denoise), xt.to(self.device).float(), tableau, noise)
-        for step in self._bar(run, len(tableau.steps)):
-            xt = step.xt
-            if callback_on_step_end is not None:
-                given = {key: step.x0 if key == "x0" else xt for key in callback_on_step_end_tensor_inputs}
-                answer = callback_on_step_end(self, step.index, int(tableau.steps.t[step.index]), given)
-                xt.copy_(inputs.check_answer(answer, xt))  # the trajectory goes on from this tensor
+        xt = self._run(denoise, xt, tableau, noise, callback_on_step_end, callback_on_step_end_tensor_inputs)
         images = FORMATS[output_type](xt if output_type == "latent" else self.decode(xt))
         return PipelineOutput(images, seeds, cut) if return_dict else (images, None)  # type: ignore[return-value]
 
@@ -300,6 +289,27 @@ class LatentDiffusionPipeline(Movable):
         options.check_steps(steps)
         options.check_choice("sampler", sampler, SOLVERS)
         return self.scheduler.tableau(steps, sampler)
+
+    def _run(
+        self,
+        denoise: Denoiser,
+        xt: Tensor,
+        tableau: Tableau,
+        noise: Noise,
+        callback: Callback | None,
+        names: Sequence[str],
+    ) -> Tensor:
+        """The last latents of a run. The callback hears of each step, with the tensors of these names."""
+        for name in names:
+            options.check_choice("callback_on_step_end_tensor_inputs", name, ("latents", "x0"))
+        run = trajectory(self._present(self.unet)(denoise), xt.to(self.device).float(), tableau, noise)
+        for step in self._bar(run, len(tableau.steps)):
+            xt = step.xt
+            if callback is not None:
+                given = {name: step.x0 if name == "x0" else xt for name in names}
+                answer = callback(self, step.index, int(tableau.steps.t[step.index]), given)
+                xt.copy_(inputs.check_answer(answer, xt))  # the trajectory goes on from this tensor
+        return xt
 
     def _contexts(
         self,

@@ -132,7 +132,7 @@ class TwoTexts:
         return Context.of(*(told[prompt] for prompt in prompts))
 
     def framed(self, told: Context, size: tuple[int, int], framing: Framing) -> Context:
-        """What is told, with the sizes. size: height and width of the picture, where framing leaves them open.
+        """What is told, with the sizes. size: height and width of the picture, where framing leaves it open.
 
         Raises ValueError for embeddings that were given without the whole text.
         """
