@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
@@ -22,11 +23,13 @@ from ldm.blocks import (
     PooledText,
     Resample,
     ScaleShiftResnet,
+    TextAndSizes,
     TimeResnet,
     UpBlock,
     enlarge,
     halve,
     keep,
+    timestep_embedding,
 )
 
 
@@ -58,9 +61,15 @@ class UNetConfig:
     attention_head_dim: int | tuple[int, ...] = 8  # per level; the *number* of heads: see cross_attention
     use_linear_projection: bool = False
     num_class_embeds: int | None = None  # classes, or noise levels of an upscaler
-    addition_embed_type: str | None = None  # "text": the text also acts as one vector, added to the time's
-    addition_embed_type_num_heads: int = 64  # of the attention that pools it
-    upcast_attention: bool = False  # no effect: our kernels sum in float32 whatever the type of q and k
+    addition_embed_type: str | None = (
+        None  # "text": it also acts as one vector; "text_time": with sizes, SDXL
+    )
+    addition_embed_type_num_heads: int = 64  # of the attention that pools it, with "text"
+    addition_time_embed_dim: int | None = None  # channels of each of the six sizes, with "text_time"
+    projection_class_embeddings_input_dim: int | None = None  # of the vector: the pooled text and the sizes
+    upcast_attention: bool | None = (
+        False  # no effect: our kernels sum in float32 whatever the type of q and k
+    )
     resnet_time_scale_shift: str = "default"  # "scale_shift": ADM's adaptive group norm
 
     NEUTRAL: ClassVar[dict[str, object]] = {
@@ -72,7 +81,6 @@ class UNetConfig:
         "num_attention_heads": None,
         "dual_cross_attention": False,
         "class_embed_type": None,
-        "addition_time_embed_dim": None,
         "resnet_skip_time_act": False,
         "resnet_out_scale_factor": 1.0,
         "time_embedding_type": "positional",
@@ -82,7 +90,6 @@ class UNetConfig:
         "time_cond_proj_dim": None,
         "conv_in_kernel": 3,
         "conv_out_kernel": 3,
-        "projection_class_embeddings_input_dim": None,
         "attention_type": "default",
         "class_embeddings_concat": False,
         "mid_block_only_cross_attention": None,
@@ -111,7 +118,7 @@ class UNetConfig:
             ("mid_block_type", (self.mid_block_type,), MID_BLOCKS),
             ("up_block_types", self.up_block_types, UP_BLOCKS),
             ("resnet_time_scale_shift", (self.resnet_time_scale_shift,), RESNETS),
-            ("addition_embed_type", (self.addition_embed_type,), (None, "text")),
+            ("addition_embed_type", (self.addition_embed_type,), ADDED),
             ("act_fn", (self.act_fn,), ("silu", "swish")),
         ):
             for name in names:
@@ -133,21 +140,43 @@ class UNetConfig:
                     f"block_out_channels={self.block_out_channels}: {channels} is not a multiple of "
                     f"norm_num_groups={self.norm_num_groups}"
                 )
-        if self.addition_embed_type and self.cross_attention_dim % self.addition_embed_type_num_heads:
-            raise ValueError(
-                f"addition_embed_type_num_heads={self.addition_embed_type_num_heads} does not divide "
-                f"cross_attention_dim={self.cross_attention_dim}"
-            )
+        check_added(self)
 
     @property
     def learns_variance(self) -> bool:
         """Whether the UNet also says how sure it is (Nichol & Dhariwal 2021), in half of its channels."""
         return self.out_channels == 2 * self.in_channels
 
+    @property
+    def pooled_channels(self) -> int:
+        """Of the whole text's vector that "text_time" takes: what six sizes leave; 0 without."""
+        return (self.projection_class_embeddings_input_dim or 0) - 6 * (self.addition_time_embed_dim or 0)
+
     def per_level(self, key: str) -> tuple[Any, ...]:
         """The value of a "per level" key for each level, largest latents first."""
         value = getattr(self, key)
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+
+def check_added(config: UNetConfig) -> None:
+    """Raises ValueError unless the keys that go with addition_embed_type fit it and each other."""
+    kind, size = config.addition_embed_type, config.addition_time_embed_dim
+    vector, heads = config.projection_class_embeddings_input_dim, config.addition_embed_type_num_heads
+    if kind == "text" and config.cross_attention_dim % heads:
+        raise ValueError(
+            f"addition_embed_type_num_heads={heads} does not divide "
+            f"cross_attention_dim={config.cross_attention_dim}"
+        )
+    if kind == "text_time" and ((size or 0) < 1 or config.pooled_channels < 1):
+        raise ValueError(
+            f"addition_time_embed_dim={size} and projection_class_embeddings_input_dim={vector}: expected a "
+            "number for each size, and more than six of them together; SDXL has 256 and 2816"
+        )
+    for key, value in (("addition_time_embed_dim", size), ("projection_class_embeddings_input_dim", vector)):
+        if kind != "text_time" and value is not None:
+            raise ValueError(
+                f"{key}={value!r} is not supported here, only with addition_embed_type=text_time"
+            )
 
 
 def head_dim(config: UNetConfig, channels: int, level: int) -> int:
@@ -252,14 +281,27 @@ def no_mid(config: UNetConfig) -> nn.Module:
     return NoMidBlock()
 
 
+MID_BLOCKS = {"UNetMidBlock2DCrossAttn": cross_attention_mid, "UNetMidBlock2D": resnet_mid, None: no_mid}
+
+
+def no_pooled_text(config: UNetConfig) -> nn.Module:
+    return NoPooledText()
+
+
 def pooled_text(config: UNetConfig) -> nn.Module:
-    if config.addition_embed_type is None:
-        return NoPooledText()
     width, heads = config.cross_attention_dim, config.addition_embed_type_num_heads
     return PooledText(width, 4 * config.block_out_channels[0], heads=heads)
 
 
-MID_BLOCKS = {"UNetMidBlock2DCrossAttn": cross_attention_mid, "UNetMidBlock2D": resnet_mid, None: no_mid}
+def text_and_sizes(config: UNetConfig) -> nn.Module:
+    size = config.addition_time_embed_dim or 0
+    embed = partial(
+        timestep_embedding, channels=size, cos_first=config.flip_sin_to_cos, freq_shift=config.freq_shift
+    )
+    return TextAndSizes(config.pooled_channels, size, 4 * config.block_out_channels[0], embed=embed)
+
+
+ADDED = {None: no_pooled_text, "text": pooled_text, "text_time": text_and_sizes}  # to the time's embedding
 
 
 def down_blocks(config: UNetConfig) -> tuple[list[DownBlock], list[int]]:

@@ -102,6 +102,34 @@ class NoPooledText(nn.Module):
         return temb
 
 
+class TextAndSizes(TimeEmbedding):
+    """temb (B, E) plus the whole text and six sizes in one vector: SDXL knows how its training pictures were
+    scaled and cropped, and is told what to draw (Podell et al. 2023, section 2.2).
+    """
+
+    def __init__(
+        self, pooled_channels: int, size_channels: int, channels: int, *, embed: Callable[[Tensor], Tensor]
+    ) -> None:
+        """embed: sizes (B,) -> (B, size_channels)."""
+        super().__init__(pooled_channels + 6 * size_channels, channels)
+        self.embed = embed
+
+    def forward(self, temb: Tensor, context: Tensor | Context | None) -> Tensor:  # type: ignore[override]
+        if not isinstance(context, Context) or context.pooled is None or context.sizes is None:
+            raise ValueError(
+                "this UNet is told the whole text and sizes beside the tokens, as SDXL is: pass a "
+                "ldm.context.Context of all three"
+            )
+        pooled, sizes = context.pooled, context.sizes
+
+        def told(_: Tensor) -> Tensor:
+            vector = torch.cat([pooled.float(), self.embed(sizes.flatten()).view(len(pooled), -1)], dim=1)
+            return super(TextAndSizes, self).forward(vector.to(temb.dtype))
+
+        vector = of_text(context, self, told)
+        return repeated(temb, like=vector) + vector
+
+
 Resample = Callable[[Tensor, Sequence[int] | None], Tensor]  # (x, size to reach) -> x of another size
 
 

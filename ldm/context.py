@@ -26,15 +26,31 @@ def repeated(x: Tensor, like: Tensor | Context) -> Tensor:
 
 
 class Context:
-    """The text of a sampling run, embeddings (B, N, D), and what layers made of it: the same in every step.
+    """What the UNet is told in a sampling run, and what layers made of it: the same in every step.
 
+    embeddings: (B, N, D), of the tokens. SDXL is told more: pooled (B, P), of each text as a whole, and sizes
+    (B, 6) in pixels, the original's height and width, the crop's top and left, the target's height and width.
     A run makes its own and hands it to the UNet in the place of the embeddings, so that the UNet keeps no
     state. It is not for two threads, nor for two UNets.
     """
 
-    def __init__(self, embeddings: Tensor) -> None:
-        self.embeddings = embeddings
+    def __init__(self, embeddings: Tensor, pooled: Tensor | None = None, sizes: Tensor | None = None) -> None:
+        self.embeddings, self.pooled, self.sizes = embeddings, pooled, sizes
         self._made: dict[nn.Module, Any] = {}
+
+    @classmethod
+    def of(cls, *texts: Tensor | Context) -> Context:
+        """A new one of the rows of these, one after the other. It holds what all of them hold."""
+        each = [(text, None, None) if isinstance(text, Tensor) else text.tensors for text in texts]
+        return cls(*(_rows(parts) for parts in zip(*each, strict=True)))  # type: ignore[arg-type]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.embeddings, self.pooled, self.sizes
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Context:
+        """A new one of these tensors, changed."""
+        return Context(*(part if part is None else change(part) for part in self.tensors))  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -55,6 +71,12 @@ class Context:
         if layer not in self._made:
             self._made[layer] = make(self.embeddings)
         return self._made[layer]
+
+
+def _rows(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    """The rows of all parts, where there are all."""
+    given = [part for part in parts if part is not None]
+    return torch.cat(given) if len(given) == len(parts) else None
 
 
 def of_text(context: Tensor | Context, layer: nn.Module, make: Callable[[Tensor], T]) -> T:

@@ -11,10 +11,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from autoencoder.vae import AutoencoderKL
 from ldm import inputs
 from ldm.unet import UNet
-from text_encoder.clip import CLIPTextEncoder
 
 # A context, or decorator, within which a model computes on the pipeline's device.
 Present = Callable[[nn.Module], "contextlib._GeneratorContextManager[None]"]
@@ -94,10 +92,9 @@ def lender(device: torch.device) -> Present:
 
 
 class Movable:
-    """Three models that compute on one device, and move there together or when they are needed."""
+    """Models that compute on one device, and move there together or when they are needed."""
 
-    vae: AutoencoderKL
-    text_encoder: CLIPTextEncoder
+    models: tuple[nn.Module, ...]  # every one that computes
     unet: UNet
     _dtype_by_device = False  # from_pretrained chose the dtype: .to(device) chooses again
     _host: torch.device | None = None  # of offloaded models: where they compute
@@ -140,7 +137,7 @@ class Movable:
             dtype = default_dtype(target or self.device)
         if target is not None:
             self._host, self._present = None, stay
-        for model in (self.vae, self.text_encoder, self.unet):
+        for model in self.models:
             own = next(model.parameters())
             model.to(device=target or own.device, dtype=dtype or own.dtype)
             if memory_format is not None:

@@ -119,7 +119,7 @@ def draw(
 
     Images are drawn one by one: each is, bit for bit, what its seed gives alone.
     """
-    from ldm.pipeline import to_pil
+    from ldm.outputs import to_pil
 
     total = len(pipe.tableau(recipe.steps, recipe.sampler).steps)
     shown = {round(index * (total - 1) / max(min(STRIP, total) - 1, 1)) for index in range(min(STRIP, total))}

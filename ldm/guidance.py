@@ -22,9 +22,9 @@ def _predict(unet: UNet, xt: Tensor, level: Level, context: Context, kind: Predi
     return unet(seen(xt, level, kind), t, context).float()
 
 
-def conditional(unet: UNet, context: Tensor, kind: Prediction) -> Denoiser:
-    """No guidance. context: (B, N, D) embeddings of the prompts."""
-    text = Context(context)
+def conditional(unet: UNet, context: Tensor | Context, kind: Prediction) -> Denoiser:
+    """No guidance. context: (B, N, D) embeddings of the prompts, or all that the UNet is told."""
+    text = Context.of(context)
 
     def denoise(xt: Tensor, level: Level) -> Tensor:
         return to_x0(_predict(unet, xt, level, text, kind), xt, level, kind)
@@ -34,8 +34,8 @@ def conditional(unet: UNet, context: Tensor, kind: Prediction) -> Denoiser:
 
 def classifier_free(
     unet: UNet,
-    context: Tensor,
-    uncond: Tensor,
+    context: Tensor | Context,
+    uncond: Tensor | Context,
     scale: float,
     kind: Prediction,
     rescale: float = 0.0,
@@ -43,7 +43,8 @@ def classifier_free(
 ) -> Denoiser:
     """uncond + scale * (cond - uncond) (Ho & Salimans 2022, eq. 6), in one batch. scale = 1 is no guidance.
 
-    context, uncond: (B, N, D) embeddings of the prompts and of the negative prompts.
+    context, uncond: (B, N, D) embeddings of the prompts and of the negative prompts, or all that the UNet is
+    told of them.
     rescale: phi of Lin et al. 2024, section 3.4: how far the guided prediction takes the conditional one's
     deviation.
     interval: (low, high) in log_snr = log(alpha / sigma), outside which nothing is guided, at half the cost
@@ -59,7 +60,7 @@ def classifier_free(
     unguided = conditional(unet, context, kind)
     if scale == 1:
         return unguided
-    both = Context(torch.cat([uncond, context]))
+    both = Context.of(uncond, context)
 
     def denoise(xt: Tensor, level: Level) -> Tensor:
         log_snr = math.log(level.alpha / level.sigma) if level.alpha else -math.inf

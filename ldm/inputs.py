@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ldm import options
+from ldm.context import Context
 from ldm.noise import Noise, start_noise, step_noise
-from text_encoder.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-Encode = Callable[[Sequence[str]], Tensor]  # prompts -> (B, N, D)
+Prompt = str | None  # None: nothing is said
+Encode = Callable[[Sequence[Prompt]], Context]  # prompts -> (B, N, D), and what else the UNet is told
 Generators = torch.Generator | Sequence[torch.Generator]
 
 
@@ -32,9 +33,17 @@ def prompt_list(prompt: str | Sequence[str] | None, name: str) -> list[str] | No
     return prompts
 
 
-def what_is_cut(prompts: Sequence[str], tokenizer: Tokenizer, name: str) -> list[str]:
+def negative_list(negative: str | Sequence[Prompt] | None) -> Sequence[Prompt] | None:
+    """As prompt_list. None in a list: no negative prompt, which SDXL tells from an empty one."""
+    if not isinstance(negative, list | tuple):
+        return prompt_list(negative, "negative_prompt")  # type: ignore[arg-type]
+    prompt_list(["" if each is None else each for each in negative], "negative_prompt")
+    return negative
+
+
+def what_is_cut(prompts: Sequence[Prompt], cut_of: Callable[[str], str], name: str) -> list[str]:
     """Of each prompt the end that does not fit the text encoder, "" if it all does; warned about."""
-    cut = [tokenizer.cut(prompt) for prompt in prompts]
+    cut = [cut_of(prompt or "") for prompt in prompts]
     for end in filter(None, cut):
         shown = end if len(end) <= 200 else f"{end[:100]} ... {end[-100:]}"
         log.warning("the %s is too long; this end of it has no effect: %s", name, shown)
@@ -42,9 +51,13 @@ def what_is_cut(prompts: Sequence[str], tokenizer: Tokenizer, name: str) -> list
 
 
 def context_of(
-    prompts: list[str] | None, embeds: Tensor | None, encode: Encode, shape: Sequence[int | None], name: str
-) -> Tensor:
-    """The embeddings (B, N, D) of the prompts, or those given in their place.
+    prompts: Sequence[Prompt] | None,
+    embeds: Tensor | Context | None,
+    encode: Encode,
+    shape: Sequence[int | None],
+    name: str,
+) -> Context:
+    """The embeddings (B, N, D) of the prompts, or those given in their place, with what else is told.
 
     shape: what to expect of (B, N, D), None for any; one prompt stands for all B.
     Raises ValueError unless exactly one of prompts and embeds is given, or if they have another shape.
@@ -56,19 +69,20 @@ def context_of(
         if shape[0] not in (None, len(prompts)) and len(prompts) != 1:
             raise ValueError(f"{len(prompts)} of {name} for {shape[0]} prompts: give one, or one for each")
         context = encode(prompts)
-        if shape[1] not in (None, context.shape[1]):
+        tokens = context.embeddings.shape[1]
+        if shape[1] not in (None, tokens):
             raise ValueError(
-                f"{name} has {context.shape[1]} tokens, the other embeddings {shape[1]}: give {name}_embeds"
+                f"{name} has {tokens} tokens, the other embeddings {shape[1]}: give {name}_embeds"
             )
-        return context.expand(shape[0] or -1, -1, -1)
-    if embeds.ndim != 3 or any(
-        want not in (None, have) for want, have in zip(shape, embeds.shape, strict=True)
-    ):
+        return context.each(lambda rows: rows.expand(shape[0] or -1, *rows.shape[1:]))
+    context = Context.of(embeds)
+    found = context.embeddings.shape
+    if len(found) != 3 or any(want not in (None, have) for want, have in zip(shape, found, strict=True)):
         expected = ", ".join(
             letter if want is None else str(want) for want, letter in zip(shape, "BND", strict=True)
         )
-        raise ValueError(f"{name}_embeds has shape {tuple(embeds.shape)}: expected ({expected})")
-    return embeds
+        raise ValueError(f"{name}_embeds has shape {tuple(found)}: expected ({expected})")
+    return context
 
 
 def devices() -> list[str]:

@@ -46,7 +46,8 @@ def load(
         raise ValueError("this installation carries no bundled model: name a folder or a hub id with --model")
     folder = pipeline.BUNDLED if model == BUNDLED else find_folder(model, variant, fetch=fetch)
     with ThreadPoolExecutor(1) as beside:  # hashing lets go of the interpreter
-        digest: Future[str] = beside.submit(model_hash, [folder / name for name in stock.MODELS], variant)
+        models = [folder / name for name in stock.read_index(folder)[0].models]
+        digest: Future[str] = beside.submit(model_hash, models, variant)
         pipe = pipeline.LatentDiffusionPipeline.from_pretrained(folder, dtype=kind, variant=variant)
         pipe.to(device)
         asked = settled.get("optimize")

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import options
-from ldm.checkpoint import Undrawn
 from ldm.inputs import seeds_of
-from ldm.pipeline import LatentDiffusionPipeline, to_pil
+from ldm.outputs import to_pil
+from ldm.pipeline import LatentDiffusionPipeline
 from ldm.requests import Request, pack
 
 MAX_BATCH = 64
@@ -59,8 +59,7 @@ def settle_requests(pipe: LatentDiffusionPipeline, requests: Mapping[str, Reques
                 options.check_size(values["height"], values["width"], pipe.vae.downsample_factor)
                 pipe.tableau(values["steps"], values["sampler"])
                 if values["clip_skip"]:
-                    with Undrawn():
-                        pipe.text_encoder.drop_layers(values["clip_skip"])
+                    pipe.texts.check_clip_skip(values["clip_skip"])
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
     return settled
@@ -125,7 +124,7 @@ def _latents(pipe: LatentDiffusionPipeline, batch: Sequence[Request], stopped: t
         if stopped.is_set():
             raise InterruptedError
 
-    negatives = [request.negative_prompt or "" for request in batch]
+    negatives = [request.negative_prompt or None for request in batch]
     return pipe(
         [request.prompt for request in batch],
         first.height,

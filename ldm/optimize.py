@@ -34,7 +34,7 @@ def optimize(pipe: LatentDiffusionPipeline) -> None:
                 f"optimize: on a CPU it is for float32 and the models are {pipe.dtype}; load them with "
                 "dtype=torch.float32 (--dtype fp32)"
             )
-        for model in (pipe.text_encoder, pipe.unet, pipe.vae):
+        for model in pipe.models:
             use_kernels(model)
     else:
         pipe.unet.compile(dynamic=False)

@@ -34,6 +34,26 @@ class Defaults:
         check_guidance(self.guidance_scale, self.guidance_rescale)
 
 
+@dataclass(frozen=True)
+class Framing:
+    """How SDXL frames a picture: pairs of pixels, vertical first (Podell et al. 2023, section 2.2).
+
+    Raises ValueError unless each is None or such a pair.
+    """
+
+    original_size: tuple[int, int] | None = (
+        None  # as of a picture before it was scaled: small ones are blurred
+    )
+    crops_coords_top_left: tuple[int, int] | None = None  # cut off above and to the left; None: nothing
+    target_size: tuple[int, int] | None = None  # None, as for original_size: the picture's own
+
+    def __post_init__(self) -> None:
+        for name, pair in vars(self).items():
+            fits = isinstance(pair, tuple | list) and len(pair) == 2
+            if pair is not None and not (fits and all(_whole(side) and 0 <= side <= 2**16 for side in pair)):
+                raise ValueError(f"{name}={pair!r}: expected two whole numbers of pixels, vertical first")
+
+
 def check_steps(steps: int) -> None:
     """Raises ValueError unless steps is a whole number from 1 to MAX_STEPS."""
     if not _whole(steps) or not 1 <= steps <= MAX_STEPS:

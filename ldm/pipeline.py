@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from PIL import Image
@@ -16,53 +15,31 @@ from torch import Tensor
 
 from autoencoder.vae import AutoencoderKL
 from ldm import inputs, options, stock
-from ldm.checkpoint import Undrawn, has_variant, load_model, save_model
-from ldm.config import read_config, read_json, write_json
 from ldm.context import Context
 from ldm.devices import Movable, default_dtype
 from ldm.guidance import classifier_free, conditional
 from ldm.hub import find_folder
 from ldm.noise import Noise
+from ldm.outputs import FORMATS, OutputType, PipelineOutput
+from ldm.parts import read_parts, write_parts
 from ldm.requests import Request
-from ldm.sample import Step, trajectory
+from ldm.sample import Denoiser, Step, trajectory
 from ldm.scheduler import Scheduler
 from ldm.solvers import SOLVERS, Tableau
+from ldm.texts import OneText, TwoTexts, texts_of
 from ldm.unet import UNet
 from ldm.variance import LearnedVariance, Predict
 from text_encoder.clip import CLIPTextEncoder
 from text_encoder.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from torch import nn
 
 log = logging.getLogger(__name__)
 
 BUNDLED = Path(__file__).parent / "bundled"
-DEFAULTS = "generation.json"  # beside model_index.json: the options that suit the model, see options.Defaults
-OutputType = Literal["pil", "np", "pt", "latent"]
 Callback = Callable[[Any, int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
-
-
-class PipelineOutput(NamedTuple):
-    """The pictures of a call, and what it decided."""
-
-    images: Any  # PIL images; "np": (B, H, W, 3), "pt": (B, 3, H, W), both in [0, 1]; "latent": (B, C, h, w)
-    seeds: list[int] | None  # of each image; None where a generator drew the noise
-    cut: list[str]  # of each prompt, the end that did not fit the text encoder; "" where all did
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """PIL images of (B, 3, H, W) in [0, 1]."""
-    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(each) for each in pixels]
-
-
-FORMATS: dict[OutputType, Callable[[Tensor], Any]] = {
-    "pil": to_pil,
-    "np": lambda images: images.permute(0, 2, 3, 1).cpu().numpy(),
-    "pt": lambda images: images,
-    "latent": lambda latents: latents,
-}
 
 
 class LatentDiffusionPipeline(Movable):
@@ -76,14 +53,20 @@ class LatentDiffusionPipeline(Movable):
         unet: UNet,
         scheduler: Scheduler,
         defaults: options.Defaults | None = None,
+        *,
+        text_encoder_2: CLIPTextEncoder | None = None,
+        tokenizer_2: Tokenizer | None = None,
+        force_zeros_for_empty_prompt: bool = True,
     ) -> None:
-        """Raises ValueError if the parts do not fit each other."""
+        """The last three are SDXL's. Raises ValueError if the parts do not fit each other."""
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.unet, self.scheduler = unet, scheduler
-        self.defaults = defaults or options.Defaults()
+        self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
+        self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
+        self.defaults = defaults or self.texts.defaults
         self._progress: dict[str, Any] = {}
         self.optimized = False
-        stock.check_fit(vae, text_encoder, tokenizer, unet)
+        stock.check_fit(vae, self.texts, unet)
         options.check_choice("sampler", self.defaults.sampler or scheduler.solver, SOLVERS)
 
     @classmethod
@@ -108,21 +91,8 @@ class LatentDiffusionPipeline(Movable):
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype}: give one of them")
         chosen = dtype or torch_dtype
-        folder = find_folder(path, variant)
-        stock.check_index(folder)
-        parts = [folder / name for name in stock.MODELS]
-        variants = [variant if variant and has_variant(part, variant) else None for part in parts]
-        if variant and not any(variants):
-            raise ValueError(f"{folder} has no variant {variant!r} of any part")
         dtype = chosen or default_dtype(torch.device("cpu"))
-        vae = load_model(AutoencoderKL, parts[0], dtype, variants[0])
-        text_encoder = load_model(CLIPTextEncoder, parts[1], dtype, variants[1])
-        unet = load_model(UNet, parts[2], dtype, variants[2])
-        tokenizer = Tokenizer.from_folder(folder / "tokenizer")
-        scheduler = Scheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
-        path = folder / DEFAULTS
-        defaults = read_config(options.Defaults, read_json(path), path) if path.exists() else None
-        pipe = cls(vae, text_encoder, tokenizer, unet, scheduler, defaults)
+        pipe = cls(**read_parts(find_folder(path, variant), dtype, variant))
         pipe._dtype_by_device = chosen is None
         return pipe.to(memory_format=torch.channels_last)
 
@@ -134,36 +104,38 @@ class LatentDiffusionPipeline(Movable):
         return cls.from_pretrained(BUNDLED, dtype=dtype)
 
     @classmethod
-    def from_diffusers(cls, pipe: StableDiffusionPipeline) -> Self:
+    def from_diffusers(cls, pipe: StableDiffusionPipeline | StableDiffusionXLPipeline) -> Self:
         """This pipeline around the weights of diffusers', shared: a change in one is a change in both."""
         return cls(**stock.parts_of(pipe))
 
-    def to_diffusers(self) -> StableDiffusionPipeline:
+    def to_diffusers(self) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
         """diffusers' pipeline around these weights, without a copy: a change in one is a change in both."""
         return stock.to_diffusers(self)
 
     def save_pretrained(self, folder: str | Path, variant: str | None = None) -> None:
         """Writes a folder that from_pretrained here and in diffusers reads; model_index.json comes last."""
-        folder = Path(folder)
         if self._dtype_by_device and self.dtype != torch.float32:
             log.warning("the weights are saved as %s, as they were loaded here by default", self.dtype)
-        for name in stock.MODELS:
-            save_model(getattr(self, name), folder / name, variant=variant)
-        self.tokenizer.save(folder / "tokenizer")
-        write_json(folder / "scheduler/scheduler_config.json", stock.scheduler_json(self.scheduler.config))
-        (folder / DEFAULTS).unlink(missing_ok=True)  # another model's
-        if self.defaults != options.Defaults():
-            write_json(folder / DEFAULTS, dataclasses.asdict(self.defaults))
-        write_json(
-            folder / "model_index.json", stock.model_index(stock.scheduler_class(self.scheduler.config))
+        write_parts(self, Path(folder), variant)
+
+    @property
+    def texts(self) -> OneText | TwoTexts:
+        """How prompts become what the UNet is told: by one text encoder, or by SDXL's two."""
+        return texts_of(
+            *(self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2),
+            self.force_zeros_for_empty_prompt,
         )
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        """The parts with weights."""
+        return tuple(getattr(self, name) for name in self.texts.layout.models)
 
     @property
     def components(self) -> dict[str, Any]:
         """The parts by name: LatentDiffusionPipeline(**pipe.components) is another one of the same parts."""
-        return {
-            name: getattr(self, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-        }
+        layout = self.texts.layout
+        return {name: getattr(self, name) for name in (*layout.parts, *layout.settings)}
 
     def optimize(self) -> Self:
         """Switches on what is faster here and costs some seconds first; pictures differ by rounding alone.
@@ -199,17 +171,20 @@ class LatentDiffusionPipeline(Movable):
         )
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> Tensor:
-        """The context of prompts, (B, N, D), for prompt_embeds. clip_skip: leaves out so many last layers.
+    def encode_prompts(
+        self, prompts: Sequence[inputs.Prompt], clip_skip: int | None = None
+    ) -> Tensor | Context:
+        """The context of prompts, (B, N, D), for prompt_embeds; of SDXL a Context, with each text as a whole.
 
+        clip_skip: leaves out so many last layers. None in the place of a prompt: nothing is said.
         Each prompt is encoded alone: its numbers do not depend on the others.
         """
+        told = self._encode(prompts, clip_skip)
+        return told.embeddings if told.pooled is None else told
+
+    def _encode(self, prompts: Sequence[inputs.Prompt], clip_skip: int | None = None) -> Context:
         options.check_clip_skip(clip_skip or 0)
-        with Undrawn():
-            encoder = self.text_encoder.drop_layers(clip_skip) if clip_skip else self.text_encoder
-        with self._present(self.text_encoder):
-            unique = {prompt: encoder(self.tokenizer([prompt]).to(self.device)) for prompt in set(prompts)}
-        return torch.cat([unique[prompt] for prompt in prompts])
+        return self.texts.encode(prompts, clip_skip or 0, self.device, self._present)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -244,14 +219,17 @@ class LatentDiffusionPipeline(Movable):
         guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[inputs.Prompt] | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         generator: inputs.Generators | None = None,
         latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
+        prompt_embeds: Tensor | Context | None = None,
+        negative_prompt_embeds: Tensor | Context | None = None,
         clip_skip: int | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None,
         sampler: str | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
@@ -262,6 +240,7 @@ class LatentDiffusionPipeline(Movable):
 
         seed: of the first image; image i has seed + i, or give one for each.
         generator: draws the first noise as in diffusers. latents: that noise, (B, C, h, w) standard normal.
+        original_size, crops_coords_top_left, target_size: for SDXL alone, see options.Framing.
         guidance_interval: (low, high) in log(alpha / sigma), no guidance outside. sampler: a name in SOLVERS.
         callback_on_step_end: called with (pipeline, step, t, tensors) after each model call; tensors may be
         "latents" and "x0", the clean latents the model sees; it may return {"latents": ...} to go on from.
@@ -271,8 +250,7 @@ class LatentDiffusionPipeline(Movable):
         rescale = self.defaults.guidance_rescale if guidance_rescale is None else guidance_rescale
         options.check_guidance(scale, rescale, guidance_interval)
         options.check_choice("output_type", output_type, FORMATS)
-        for name in callback_on_step_end_tensor_inputs:
-            options.check_choice("callback_on_step_end_tensor_inputs", name, ("latents", "x0"))
+        framing = options.Framing(original_size, crops_coords_top_left, target_size)
         tableau = self.tableau(num_inference_steps, sampler)
         context, uncond, cut = self._contexts(
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt, clip_skip
@@ -280,18 +258,14 @@ class LatentDiffusionPipeline(Movable):
         if scale <= 1 and (negative_prompt or negative_prompt_embeds is not None):
             log.warning("the negative prompt has no effect without guidance: guidance_scale=%s", scale)
         shape, kind = self._latent_shape(height, width, latents), self.scheduler.prediction
+        h, w = (side * self.vae.downsample_factor for side in shape[1:])
+        context, uncond = (self.texts.framed(each, (h, w), framing) for each in (context, uncond))
         xt, noise, seeds = inputs.first_noise(len(context), shape, seed, generator, latents)
         predict, noise = self._heard(noise, tableau, sampler)
         denoise = conditional(predict, context, kind)
         if scale > 1:
             denoise = classifier_free(predict, context, uncond, scale, kind, rescale, guidance_interval)
-        run = trajectory(self._present(self.unet)(denoise), xt.to(self.device).float(), tableau, noise)
-        for step in self._bar(run, len(tableau.steps)):
-            xt = step.xt
-            if callback_on_step_end is not None:
-                given = {key: step.x0 if key == "x0" else xt for key in callback_on_step_end_tensor_inputs}
-                answer = callback_on_step_end(self, step.index, int(tableau.steps.t[step.index]), given)
-                xt.copy_(inputs.check_answer(answer, xt))  # the trajectory goes on from this tensor
+        xt = self._run(denoise, xt, tableau, noise, callback_on_step_end, callback_on_step_end_tensor_inputs)
         images = FORMATS[output_type](xt if output_type == "latent" else self.decode(xt))
         return PipelineOutput(images, seeds, cut) if return_dict else (images, None)  # type: ignore[return-value]
 
@@ -316,35 +290,57 @@ class LatentDiffusionPipeline(Movable):
         options.check_choice("sampler", sampler, SOLVERS)
         return self.scheduler.tableau(steps, sampler)
 
+    def _run(
+        self,
+        denoise: Denoiser,
+        xt: Tensor,
+        tableau: Tableau,
+        noise: Noise,
+        callback: Callback | None,
+        names: Sequence[str],
+    ) -> Tensor:
+        """The last latents of a run. The callback hears of each step, with the tensors of these names."""
+        for name in names:
+            options.check_choice("callback_on_step_end_tensor_inputs", name, ("latents", "x0"))
+        run = trajectory(self._present(self.unet)(denoise), xt.to(self.device).float(), tableau, noise)
+        for step in self._bar(run, len(tableau.steps)):
+            xt = step.xt
+            if callback is not None:
+                given = {name: step.x0 if name == "x0" else xt for name in names}
+                answer = callback(self, step.index, int(tableau.steps.t[step.index]), given)
+                xt.copy_(inputs.check_answer(answer, xt))  # the trajectory goes on from this tensor
+        return xt
+
     def _contexts(
         self,
         prompt: str | Sequence[str] | None,
-        negative_prompt: str | Sequence[str] | None,
-        embeds: Tensor | None,
-        negative_embeds: Tensor | None,
+        negative_prompt: str | Sequence[inputs.Prompt] | None,
+        embeds: Tensor | Context | None,
+        negative_embeds: Tensor | Context | None,
         images: int,
         clip_skip: int | None,
-    ) -> tuple[Tensor, Tensor, list[str]]:
-        """context and uncond, (B, N, D) with a row an image, and what was cut of each prompt."""
-        encode = functools.partial(self.encode_prompts, clip_skip=clip_skip)
+    ) -> tuple[Context, Context, list[str]]:
+        """context and uncond, with a row an image, and what was cut of each prompt."""
+        encode = functools.partial(self._encode, clip_skip=clip_skip)
         width = self.unet.config.cross_attention_dim
         if negative_prompt is None and negative_embeds is None:
-            negative_prompt = ""
+            negative_prompt = [None]
         prompts = inputs.prompt_list(prompt, "prompt")
-        negatives = inputs.prompt_list(negative_prompt, "negative_prompt")
-        given: Sequence[str] | Tensor | None = prompts if embeds is None else embeds
+        negatives = inputs.negative_list(negative_prompt)
+        given: Sequence[str] | Tensor | Context | None = prompts if embeds is None else embeds
         options.check_count(images, 1 if given is None else len(given))
         context = inputs.context_of(prompts, embeds, encode, (None, None, width), "prompt")
         # whole also with clip_skip, as in diffusers
         uncond = inputs.context_of(
-            negatives, negative_embeds, self.encode_prompts, context.shape, "negative_prompt"
+            negatives, negative_embeds, self._encode, context.embeddings.shape, "negative_prompt"
         )
-        cut = inputs.what_is_cut(prompts or [], self.tokenizer, "prompt")
-        inputs.what_is_cut(negatives or [], self.tokenizer, "negative prompt")
-        context, uncond = (
-            each.to(self.device).repeat_interleave(images, dim=0) for each in (context, uncond)
-        )
-        return context, uncond, cut
+        cut = inputs.what_is_cut(prompts or [], self.texts.cut, "prompt")
+        inputs.what_is_cut(negatives or [], self.texts.cut, "negative prompt")
+
+        def an_image_each(rows: Tensor) -> Tensor:
+            return rows.to(self.device).repeat_interleave(images, dim=0)
+
+        return context.each(an_image_each), uncond.each(an_image_each), cut
 
     @property
     def default_size(self) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +19,79 @@ from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import DIFFUSERS_VERSION, Model, check_tensors, config_json, empty_model
 from ldm.config import read_config, read_json
 from ldm.unet import UNet
-from text_encoder.clip import CLIPTextEncoder
+from text_encoder.clip import CLIPTextEncoder, ProjectedTextEncoder
 from text_encoder.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     from ldm.pipeline import LatentDiffusionPipeline
+    from ldm.texts import OneText, TwoTexts
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-PIPELINES = ("StableDiffusionPipeline", "LatentDiffusionPipeline")
-# The parts of a pipeline, and what model_index.json may call each.
-PARTS = {
-    "vae": ("diffusers", ("AutoencoderKL",)),
-    "text_encoder": ("transformers", ("CLIPTextModel",)),
-    "tokenizer": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
-    "unet": ("diffusers", ("UNet2DConditionModel",)),
-    "scheduler": ("diffusers", None),  # Scheduler.from_config knows which
+# The parts that have weights, by their names in a pipeline.
+CLASSES: dict[str, type[nn.Module]] = {
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextEncoder,
+    "text_encoder_2": ProjectedTextEncoder,
+    "unet": UNet,
 }
-MODELS = ("vae", "text_encoder", "unet")  # the parts with weights
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
+TOKENIZER = ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"))
+UNUSED = (
+    *("safety_checker", "feature_extractor", "image_encoder"),
+    *("requires_safety_checker", "add_watermarker"),
+)
+
+
+class Layout(NamedTuple):
+    """A kind of pipeline: its class in diffusers, its parts, and what model_index.json may call each."""
+
+    stock_class: str
+    parts: Mapping[str, tuple[str, tuple[str, ...] | None]]
+    settings: tuple[
+        str, ...
+    ]  # arguments of our pipeline that are no parts: true or false in model_index.json
+    unused: Mapping[str, Any]  # what else diffusers' class takes, and we have not
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return tuple(name for name in CLASSES if name in self.parts)
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        return tuple(name for name in self.parts if name.startswith("tokenizer"))
+
+
+SD = Layout(
+    "StableDiffusionPipeline",
+    {
+        "vae": ("diffusers", ("AutoencoderKL",)),
+        "text_encoder": ("transformers", ("CLIPTextModel",)),
+        "tokenizer": TOKENIZER,
+        "unet": ("diffusers", ("UNet2DConditionModel",)),
+        "scheduler": ("diffusers", None),  # Scheduler.from_config knows which
+    },
+    (),
+    {
+        "requires_safety_checker": False,
+        "safety_checker": None,
+        "feature_extractor": None,
+        "image_encoder": None,
+    },
+)
+SDXL = Layout(
+    "StableDiffusionXLPipeline",
+    {
+        **SD.parts,
+        "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
+        "tokenizer_2": TOKENIZER,
+    },
+    ("force_zeros_for_empty_prompt",),
+    {"add_watermarker": False, "feature_extractor": None, "image_encoder": None},
+)
+LAYOUTS = {SD.stock_class: SD, SDXL.stock_class: SDXL, "LatentDiffusionPipeline": SD}
+MODELS = SD.models
 
 # What scripts for diffusers call and this pipeline does not have, each with what to do instead.
 ABSENT = {
@@ -52,28 +104,37 @@ ABSENT = {
 }
 
 
-def model_index(scheduler_class: str) -> dict[str, Any]:
+def model_index(pipe: LatentDiffusionPipeline) -> dict[str, Any]:
     """The model_index.json of a folder that we write."""
-    parts = {name: [library, (names or (scheduler_class,))[0]] for name, (library, names) in PARTS.items()}
-    nothing: dict[str, Any] = {name: [None, None] for name in UNUSED[:3]}
-    head = {
-        "_class_name": PIPELINES[0],
+    layout, scheduler = pipe.texts.layout, scheduler_class(pipe.scheduler.config)
+    return {
+        "_class_name": layout.stock_class,
         "_diffusers_version": DIFFUSERS_VERSION,
-        "requires_safety_checker": False,
+        **{name: getattr(pipe, name) for name in layout.settings},
+        **{name: [None, None] if value is None else value for name, value in layout.unused.items()},
+        **{name: [library, (names or (scheduler,))[0]] for name, (library, names) in layout.parts.items()},
     }
-    return head | nothing | parts
 
 
-def check_index(folder: Path) -> None:
-    """Raises ValueError unless the folder's model_index.json names a pipeline of parts that we have."""
+def read_index(folder: Path) -> tuple[Layout, dict[str, bool]]:
+    """What the folder's model_index.json says that it holds, and the settings beside.
+
+    Raises ValueError unless it names a pipeline of parts that we have.
+    """
     path = folder / "model_index.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a pipeline: it has no model_index.json")
     index = read_json(path)
     name = index.get("_class_name")
-    if name not in PIPELINES:
-        raise ValueError(f"{path}: the pipeline is {name!r}: expected {PIPELINES[0]}; no other code is run")
-    for part, (library, names) in PARTS.items():
+    layout = LAYOUTS.get(name) if isinstance(name, str) else None
+    if layout is None:
+        refiner = index.get("requires_aesthetics_score")
+        hint = (
+            "SDXL's refiner is not there, its base model draws without" if refiner else "no other code is run"
+        )
+        known = f"{SD.stock_class} or {SDXL.stock_class}"
+        raise ValueError(f"{path}: the pipeline is {name!r}: expected {known}; {hint}")
+    for part, (library, names) in layout.parts.items():
         match index.get(part):
             case [str(where), str(what)] if where == library and (names is None or what in names):
                 continue
@@ -81,33 +142,44 @@ def check_index(folder: Path) -> None:
                 expected = f"[{library!r}, {names[0]!r}]" if names else f"[{library!r}, a scheduler's class]"
                 raise ValueError(f"{path}: {part} is {entry!r}: expected {expected}; no other code is run")
     for key, value in index.items():
-        if not key.startswith("_") and key not in (*PARTS, *UNUSED) and value not in (None, [None, None]):
-            raise ValueError(f"{path}: {key} is no part of a Stable Diffusion 1 or 2 pipeline")
+        ours = (*layout.parts, *layout.settings, *UNUSED)
+        if not key.startswith("_") and key not in ours and value not in (None, [None, None]):
+            raise ValueError(f"{path}: {key} is no part of a {layout.stock_class}")
+    settings = {key: index[key] for key in layout.settings if index.get(key) is not None}
+    for key, value in settings.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{path}: {key}={value!r}: expected true or false")
+    return layout, settings
 
 
-def check_fit(vae: AutoencoderKL, text_encoder: CLIPTextEncoder, tokenizer: Tokenizer, unet: UNet) -> None:
+def check_fit(vae: AutoencoderKL, texts: OneText | TwoTexts, unet: UNet) -> None:
     """Raises ValueError unless these can be parts of one model from text to image."""
-    pixels, latents, words = vae.config, unet.config, text_encoder.config
+    pixels, latents, readers = vae.config, unet.config, texts.readers
+    width = sum(encoder.config.hidden_size for _, encoder in readers.values())
+    hidden = " + ".join(f"{name}.hidden_size" for name in readers)
     for name, one, other in (
         ("unet.in_channels and vae.latent_channels", latents.in_channels, pixels.latent_channels),
+        (f"unet.cross_attention_dim and {hidden}", latents.cross_attention_dim, width),
         (
-            "unet.cross_attention_dim and text_encoder.hidden_size",
-            latents.cross_attention_dim,
-            words.hidden_size,
+            "the pooled channels that unet takes and the text encoders give",
+            latents.pooled_channels,
+            texts.pooled_channels,
         ),
     ):
         if one != other:
             raise ValueError(f"{name} differ: {one} and {other}. Are these parts of one model?")
-    for what, have, room in (
-        ("has {} tokens, the text encoder knows {}", len(tokenizer), words.vocab_size),
-        (
-            "gives {} tokens a prompt, the text encoder has {} positions",
-            tokenizer.max_length,
-            words.max_position_embeddings,
-        ),
-    ):
-        if have > room:
-            raise ValueError(f"the tokenizer {what.format(have, room)}. Are these parts of one model?")
+    for tokenizer, encoder in readers.values():
+        words = encoder.config
+        for what, have, room in (
+            ("has {} tokens, the text encoder knows {}", len(tokenizer), words.vocab_size),
+            (
+                "gives {} tokens a prompt, the text encoder has {} positions",
+                tokenizer.max_length,
+                words.max_position_embeddings,
+            ),
+        ):
+            if have > room:
+                raise ValueError(f"the tokenizer {what.format(have, room)}. Are these parts of one model?")
     if pixels.out_channels != 3:
         raise ValueError(f"vae.out_channels={pixels.out_channels}: expected 3, red, green and blue")
     if latents.num_class_embeds is not None:
@@ -129,68 +201,77 @@ def scheduler_json(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value != -float("inf")}
 
 
-def to_diffusers(pipe: LatentDiffusionPipeline) -> StableDiffusionPipeline:
+def to_diffusers(pipe: LatentDiffusionPipeline) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
     """diffusers' pipeline around the same weights, without a copy: a change in one is a change in both.
 
-    Its scheduler and tokenizer are new objects of the same configuration. Raises ValueError for a flow.
+    Its scheduler and tokenizers are new objects of the same configuration. Raises ValueError for a flow.
     """
     import diffusers
     import transformers
 
     if pipe.scheduler.prediction == "flow":
         raise ValueError("StableDiffusionPipeline of diffusers cannot draw with a model that predicts a flow")
-    with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel.from_config(config_json(pipe.unet))
-        vae = diffusers.AutoencoderKL.from_config(config_json(pipe.vae))
-        text = transformers.CLIPTextModel(
-            transformers.CLIPTextConfig.from_dict(config_json(pipe.text_encoder))
+    layout, parts = pipe.texts.layout, {}
+    for name in layout.models:
+        ours, library = (
+            getattr(pipe, name),
+            diffusers if layout.parts[name][0] == "diffusers" else transformers,
         )
-    for stock, ours in ((unet, pipe.unet), (vae, pipe.vae), (text, pipe.text_encoder)):
-        _share(stock, ours.state_dict(keep_vars=True))
-    positions = text.embeddings  # of transformers: a buffer outside its state dict
-    positions.position_ids = torch.arange(
-        pipe.text_encoder.config.max_position_embeddings, device=pipe.device
-    )[None]
-    with tempfile.TemporaryDirectory() as folder:
-        pipe.tokenizer.save(folder)
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+        parts[name] = _stock_model(getattr(library, ours.stock_class), ours)
+    for name in layout.tokenizers:
+        with tempfile.TemporaryDirectory() as folder:
+            getattr(pipe, name).save(folder)
+            parts[name] = transformers.CLIPTokenizer.from_pretrained(folder)
     scheduler = getattr(diffusers, scheduler_class(pipe.scheduler.config)).from_config(pipe.scheduler.config)
-    return diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    settings = {name: getattr(pipe, name) for name in layout.settings}
+    return getattr(diffusers, layout.stock_class)(**parts, scheduler=scheduler, **settings, **layout.unused)
 
 
-def parts_of(stock: StableDiffusionPipeline) -> dict[str, Any]:
-    """The parts of our pipeline around the weights of diffusers', without a copy.
+def _stock_model(cls: Any, ours: nn.Module) -> nn.Module:
+    """The stock class around our module's weights."""
+    config, tensors = config_json(ours), ours.state_dict(keep_vars=True)
+    with torch.device("meta"):
+        if cls.__name__.startswith("CLIP"):
+            model = cls(cls.config_class.from_dict(config))
+        else:
+            model = cls.from_config(config)
+    if tensors.keys() != model.state_dict().keys():  # transformers 5: a model within that with the projection
+        tensors = ours.save_keys(tensors)  # type: ignore[operator]
+    _share(model, tensors)
+    for part in model.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_meta:  # the positions of transformers, outside its state dict
+                setattr(
+                    part, name, torch.arange(buffer.shape[-1], device=next(ours.parameters()).device)[None]
+                )
+    return model
+
+
+def parts_of(stock: StableDiffusionPipeline | StableDiffusionXLPipeline) -> dict[str, Any]:
+    """The arguments of our pipeline around the weights of diffusers', without a copy.
 
     Raises ValueError, naming what, if one of its parts is of another kind than ours.
     """
     from ldm.scheduler import Scheduler
 
-    for name, (_, names) in PARTS.items():
+    layout = SDXL if hasattr(stock, "text_encoder_2") else SD
+    for name, (_, names) in layout.parts.items():
         found = type(getattr(stock, name, None)).__name__
         if names and found not in names:
             raise ValueError(f"{name} is a {found}: expected a {names[0]}")
     config: dict[str, Any] = {"_class_name": type(stock.scheduler).__name__} | dict(stock.scheduler.config)
     for key in config.pop("_use_default_values", []):  # another solver's class has its own
         config.pop(key, None)
-    with tempfile.TemporaryDirectory() as folder:
-        stock.tokenizer.save_pretrained(folder)
-        tokenizer = Tokenizer.from_folder(folder)
-    return {
-        "vae": _around(AutoencoderKL, stock.vae, dict(stock.vae.config)),
-        "text_encoder": _around(CLIPTextEncoder, stock.text_encoder, stock.text_encoder.config.to_dict()),
-        "tokenizer": tokenizer,
-        "unet": _around(UNet, stock.unet, dict(stock.unet.config)),
-        "scheduler": Scheduler.from_config(config),
-    }
+    parts: dict[str, Any] = {name: stock.config[name] for name in layout.settings}
+    for name in layout.models:
+        model = getattr(stock, name)
+        values = dict(model.config) if layout.parts[name][0] == "diffusers" else model.config.to_dict()
+        parts[name] = _around(CLASSES[name], model, values)
+    for name in layout.tokenizers:
+        with tempfile.TemporaryDirectory() as folder:
+            getattr(stock, name).save_pretrained(folder)
+            parts[name] = Tokenizer.from_folder(folder)
+    return parts | {"scheduler": Scheduler.from_config(config)}
 
 
 def _share(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

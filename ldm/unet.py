@@ -1,4 +1,4 @@
-"""The UNet of Stable Diffusion 1 and 2 and of ADM, with the config keys and parameter names of diffusers'
+"""The UNet of Stable Diffusion 1, 2 and XL and of ADM, with the config keys and parameter names of diffusers'
 UNet2DConditionModel: they are the field's file format.
 
 A configuration chooses parts when the UNet is built, in ldm/architecture.py. The forward pass is then the
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.layers import AttentionBlock, GroupNormSiLU, ResnetBlock, recompute, rename_attention
-from ldm.architecture import MID_BLOCKS, UNetConfig, down_blocks, pooled_text, up_blocks
+from ldm.architecture import ADDED, MID_BLOCKS, UNetConfig, down_blocks, up_blocks
 from ldm.attention import CrossAttention, SelfAttentionBlock, SpatialTransformer, check_backend
 from ldm.blocks import ClassEmbedding, NoClasses, TimeEmbedding, timestep_embedding
 from ldm.compiled import compile_in_training
@@ -45,7 +45,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
         self.time_embedding = TimeEmbedding(width, 4 * width)
         self.class_embedding = NoClasses() if classes is None else ClassEmbedding(classes, 4 * width)
-        self.add_embedding = pooled_text(config)
+        self.add_embedding = ADDED[config.addition_embed_type](config)
         down, skips = down_blocks(config)
         self.down_blocks = nn.ModuleList(down)
         self.mid_block = MID_BLOCKS[config.mid_block_type](config)
@@ -70,11 +70,12 @@ class UNet(nn.Module):
         """The model's prediction, in whatever kind it was trained on: (B, out_channels, h, w).
 
         xt: (B, in_channels, h, w), any h and w. t: (B,), or (1,) for all; 0 is the cleanest.
-        context: (B, N, cross_attention_dim). class_labels: (B,) int64, for a UNet with num_class_embeds.
+        context: (B, N, cross_attention_dim), or a Context, which tells SDXL more.
+        class_labels: (B,) int64, for a UNet with num_class_embeds.
         Of k texts for every xt, (k * B, N, D) as cat([texts 1, texts 2]), come as many answers, and what does
         not depend on the text is computed once. So it is with k * B class_labels.
-        Raises ValueError if class_labels is missing, or given to a UNet without classes, and if the rows of
-        these are no multiple of xt's.
+        Raises ValueError if class_labels is missing, or given to a UNet without classes, if SDXL is told too
+        little, and if the rows of these are no multiple of xt's.
         """
         check_rows(xt, t=t, context=context, class_labels=class_labels)
         context = context if context is None else context.to(self.dtype)

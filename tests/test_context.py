@@ -15,7 +15,7 @@ from ldm.context import Context, repeated
 from ldm.guidance import classifier_free
 from ldm.schedule import Level
 from ldm.unet import UNet, UNetConfig
-from tests.test_unet import ADM, ADM_CROSS, CROSS, ODD, POOLED, TINY
+from tests.test_unet import ADM, ADM_CROSS, CROSS, ODD, POOLED, SDXL_TINY, TINY
 
 SD15 = TINY | {  # the text at the first level
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -31,6 +31,7 @@ EVERY = {
     "upscaler": UPSCALER,
     "odd": ODD,
     "pooled": POOLED,
+    "sdxl": SDXL_TINY,
     "adm": ADM,
     "adm-cross": ADM_CROSS,
     "no-text": NO_TEXT,
@@ -40,7 +41,10 @@ EVERY = {
 def inputs(config: UNetConfig, texts: int, size: tuple[int, int] = (9, 7)) -> tuple[Tensor | None, ...]:
     """xt, t (each sample its own), so many texts for each, and class labels where there are classes."""
     xt, t = torch.randn(2, config.in_channels, *size).double(), torch.tensor([999, 20])
-    context = torch.randn(texts * 2, 5, config.cross_attention_dim).double()
+    context: Tensor | Context = torch.randn(texts * 2, 5, config.cross_attention_dim).double()
+    if config.addition_embed_type == "text_time":
+        pooled, sizes = torch.randn(texts * 2, config.pooled_channels), torch.randint(2048, (texts * 2, 6))
+        context = Context(context, pooled.double(), sizes)
     return xt, t, context, torch.tensor([1, 4]) if config.num_class_embeds else None
 
 
@@ -79,7 +83,7 @@ def test_several_texts_are_the_repeated_batch(name, texts):
     even = unet.config.down_block_types[-1] == "ResnetDownsampleBlock2D"
     xt, t, context, labels = inputs(unet.config, texts, (8, 6) if even else (9, 7))
     expected = as_one_batch(unet, xt, t, context, labels, texts)
-    run = Context(context)
+    run = Context.of(context)
     for text in (context, run, run):
         assert_same(unet(xt, t, text, labels), expected)
     one, other = (unet(xt, each, run, labels) for each in (t[:1], t[:1].expand(2)))
@@ -103,9 +107,9 @@ def test_rows_are_shared_up_to_the_text():
 
 @torch.no_grad()
 def test_what_acts_from_the_start_is_met_at_the_start():
-    """Pooled text, and a class for each text, enter with the time: nothing is left to share."""
-    pooled, classes = build("pooled"), build("adm")
-    for unet in (pooled, classes):
+    """Pooled text, SDXL's too, and a class for each text enter with the time: nothing is left to share."""
+    pooled, sdxl, classes = build("pooled"), build("sdxl"), build("adm")
+    for unet in (pooled, sdxl, classes):
         rows = calls_of(unet, TimeResnet)
         xt, t, context, _ = inputs(unet.config, 2)
         labels = torch.tensor([1, 4, 0, 0]) if unet is classes else None
@@ -171,6 +175,16 @@ def test_a_context_takes_the_type_of_the_weights():
     half = layer.to(torch.bfloat16).keys_values(k, context.to(torch.bfloat16))
     assert {each.dtype for each in half} == {context.embeddings.dtype} == {torch.bfloat16}
     torch.testing.assert_close(half[1].float(), v, atol=0.03, rtol=0.03)
+
+
+def test_a_context_of_several_holds_what_all_of_them_hold():
+    told = Context(torch.randn(2, 5, 6), torch.randn(2, 3), torch.ones(2, 6))
+    both = Context.of(told, told.each(torch.zeros_like))
+    assert [len(part) for part in both.tensors] == [4, 4, 4]
+    assert all(torch.equal(part[:2], own) for part, own in zip(both.tensors, told.tensors, strict=True))
+    assert not both.pooled[2:].any()
+    text_alone = Context.of(told, torch.randn(1, 5, 6))
+    assert (len(text_alone), text_alone.pooled, text_alone.sizes) == (3, None, None)
 
 
 def test_repeated():

@@ -420,9 +420,11 @@ def change_index(folder: Path, **values: object) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"_class_name": "StableDiffusion3Pipeline"}, "the pipeline is 'StableDiffusion3Pipeline': expected"),
+        ({"_class_name": "StableDiffusionXLPipeline"}, "text_encoder_2 is None: expected"),
         (
-            {"_class_name": "StableDiffusionXLPipeline"},
-            "the pipeline is 'StableDiffusionXLPipeline': expected",
+            {"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True},
+            "SDXL's refiner is not there",
         ),
         ({"_class_name": ["evil", "Pipeline"]}, "no other code is run"),
         (

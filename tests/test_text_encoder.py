@@ -6,7 +6,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from ldm.config import read_config
-from text_encoder.clip import CLIPTextConfig, CLIPTextEncoder
+from text_encoder.clip import CLIPTextConfig, CLIPTextEncoder, ProjectedTextEncoder
 
 ODD = {  # no two sizes alike, none a power of two
     "vocab_size": 611,
@@ -111,6 +111,30 @@ def test_states_and_gradients_are_those_of_transformers(sizes):
         # k_proj.bias shifts all scores of a row alike, so its gradient is 0 but for rounding.
         size = expected_grads[name.replace("k_proj.bias", "k_proj.weight")].norm()
         assert (grads[name] - expected_grads[name]).norm() <= 1e-4 * size, name
+
+
+@pytest.mark.parametrize("eos_token_id", [610, 2])
+def test_the_projection_and_all_states_are_those_of_transformers(eos_token_id, tmp_path):
+    """In memory and by way of a folder, in both directions."""
+    from ldm.checkpoint import load_model, save_model
+
+    sizes = ODD | {"eos_token_id": eos_token_id, "hidden_act": "gelu"}
+    stock = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**sizes)).eval()
+    for parameter in stock.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    stock.save_pretrained(tmp_path / "theirs")
+    ours = load_model(ProjectedTextEncoder, tmp_path / "theirs")
+    save_model(ours, tmp_path / "ours")
+    again, report = type(stock).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values()), report
+    tokens = random_tokens(ours.config)
+    states = ours.hidden_states(tokens)
+    for each in (stock, again):
+        expected = each(tokens, output_hidden_states=True)
+        torch.testing.assert_close(tuple(states), expected.hidden_states, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            ours.project(states[-1], tokens), expected.text_embeds, rtol=1e-5, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])

@@ -10,6 +10,7 @@ from torch import nn
 from ldm.attention import CrossAttention, SelfAttention
 from ldm.blocks import ScaleShiftResnet, TimeResnet, timestep_embedding
 from ldm.config import read_config
+from ldm.context import Context
 from ldm.unet import UNet, UNetConfig
 
 CROSS = {
@@ -54,6 +55,14 @@ ADM_CROSS = TINY | {
     "resnet_time_scale_shift": "scale_shift",
     "mid_block_type": None,
 }
+SDXL_TINY = TINY | {  # the first level looks at no text, the last one often
+    "attention_head_dim": [2, 3, 5],
+    "transformer_layers_per_block": [1, 2, 3],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 12,
+}
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD21 = {
     "sample_size": 96,
@@ -61,6 +70,20 @@ SD21 = {
     "attention_head_dim": [5, 10, 20, 20],
     "use_linear_projection": True,
     "upcast_attention": True,
+}
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": CROSS["down_block_types"],
+    "up_block_types": CROSS["up_block_types"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "upcast_attention": None,
 }
 X4_UPSCALER = {
     "sample_size": 128,
@@ -99,6 +122,16 @@ def inputs(config, size, batch=3):
     return xt, t, context, labels
 
 
+def told(config, context):
+    """What ours and diffusers' UNet take beside the time: the same text, and with it what SDXL is told."""
+    if config.addition_embed_type != "text_time":
+        return context, {}
+    pooled = torch.randn(len(context), config.pooled_channels)
+    sizes = torch.randint(2048, (len(context), 6))
+    more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+    return Context(context, pooled, sizes), more
+
+
 def error(ours, reference):
     return ((ours - reference).abs().max() / reference.abs().max()).item()
 
@@ -124,6 +157,7 @@ REAL = [
         pytest.param(TINY, [(8, 12), (9, 7)], id="tiny"),
         pytest.param(ODD, [(8, 12), (13, 16)], id="odd"),
         pytest.param(POOLED, [(8, 12)], id="pooled-text"),
+        pytest.param(SDXL_TINY, [(8, 12), (9, 7)], id="sdxl-tiny"),
         pytest.param(ADM, [(8, 12)], id="adm"),  # diffusers' resnet upsampling cannot do odd sizes
         pytest.param(ADM_CROSS, [(8, 12)], id="adm-cross"),
         *[pytest.param(*each.values, [(8, 16), (9, 6)], id=each.id, marks=each.marks) for each in REAL],
@@ -138,8 +172,9 @@ def test_matches_diffusers(arguments, sizes):
     for size in sizes:
         xt, t, context, labels = inputs(ours.config, size, batch=2 if ours.config.sample_size else 3)
         xt, context = xt.requires_grad_(), context.requires_grad_()
-        prediction = ours(xt, t, context, labels)
-        expected = reference(xt, t, context, class_labels=labels).sample
+        text, more = told(ours.config, context)
+        prediction = ours(xt, t, text, labels)
+        expected = reference(xt, t, context, class_labels=labels, **more).sample
         assert prediction.shape == expected.shape
         assert error(prediction, expected) < 1e-5
 
@@ -161,6 +196,7 @@ def test_matches_diffusers(arguments, sizes):
         pytest.param(SD15, {40, 80, 160}, 859, id="sd15"),
         pytest.param(SD21, {64}, 865, id="sd21"),
         pytest.param(X4_UPSCALER, {64, 128}, 473, id="x4-upscaler"),
+        pytest.param(SDXL, {64}, 2567, id="sdxl"),
     ],
 )
 def test_heads_are_what_the_checkpoints_mean(arguments, channels_a_head, millions):
@@ -285,6 +321,16 @@ def test_classes_are_asked_for():
         tiny()(xt, t, context, labels)
 
 
+def test_what_sdxl_is_told_is_asked_for():
+    unet = UNet(UNetConfig(**SDXL_TINY))
+    xt, t, context, _ = inputs(unet.config, (8, 6))
+    for text in (None, context, Context(context), Context(context, torch.randn(3, 12))):
+        with pytest.raises(
+            ValueError, match=r"told the whole text and sizes .*: pass a ldm\.context\.Context"
+        ):
+            unet(xt, t, text)
+
+
 def test_attention_backend():
     unet = UNet(UNetConfig(**ADM_CROSS))
     unet.set_attention_backend("sdpa")
@@ -310,6 +356,11 @@ def test_unsupported_options_are_refused_by_name(key):
         ({"resnet_time_scale_shift": "spatial"}, "'spatial' is not one of default, scale_shift"),
         ({"act_fn": "gelu"}, "act_fn: 'gelu'"),
         ({"cross_attention_dim": (20, 20, 20)}, "cross_attention_dim.*one number"),
+        ({"addition_time_embed_dim": 8}, "addition_time_embed_dim=8 .* only with addition_embed_type"),
+        (
+            {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 60},
+            "addition_time_embed_dim=None and projection_class_embeddings_input_dim=60: expected",
+        ),
         ({"block_out_channels": (16, 20, 40)}, "20 is not a multiple of norm_num_groups=8"),
     ],
 )

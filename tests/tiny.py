@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.scheduler import Scheduler
 from ldm.unet import UNet, UNetConfig
-from text_encoder.clip import CLIPTextConfig, CLIPTextEncoder
+from text_encoder.clip import CLIPTextConfig, CLIPTextEncoder, ProjectedTextEncoder
 from text_encoder.tokenizer import Tokenizer
 
 CAPTIONS = ["a red fox in snow", "two blue cats at night", "a small green boat on a beach"] * 2
@@ -75,3 +76,50 @@ def tiny_pipeline(seed: int = 0, **scheduler: Any) -> LatentDiffusionPipeline:
     return LatentDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, Scheduler.from_config(SCHEDULER | scheduler)
     )
+
+
+def tiny_xl_pipeline(seed: int = 0, **changes: Any) -> LatentDiffusionPipeline:
+    """The same as an SDXL: two text encoders of different widths and padding, a UNet of three levels.
+
+    changes: arguments of the pipeline that differ.
+    """
+    small = tiny_pipeline(seed)
+    tokens = small.tokenizer
+    padded = Tokenizer(tokens.vocab, tokens.merges, pad="!", max_length=tokens.max_length)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + 1)
+        text_encoder_2 = ProjectedTextEncoder(
+            replace(
+                small.text_encoder.config,
+                hidden_size=32,
+                num_hidden_layers=3,
+                hidden_act="gelu",
+                projection_dim=20,
+            )
+        )
+        unet = UNet(
+            UNetConfig(
+                sample_size=16,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                block_out_channels=(16, 32, 64),
+                layers_per_block=1,
+                transformer_layers_per_block=(1, 1, 2),
+                attention_head_dim=(1, 2, 4),
+                cross_attention_dim=24 + 32,
+                norm_num_groups=8,
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + 20,
+            )
+        )
+    parts = small.components | {
+        "text_encoder_2": text_encoder_2.eval(),
+        "tokenizer_2": padded,
+        "unet": unet.eval(),
+        "scheduler": Scheduler.from_config(
+            SCHEDULER | {"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon"}
+        ),
+    }
+    return LatentDiffusionPipeline(**parts | changes)

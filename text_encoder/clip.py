@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PREFIX = "text_model."  # before every name in the files of transformers 4
+PREFIX = "text_model."  # before every name in the files of transformers 4, but that of the projection
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -166,6 +166,11 @@ class Encoder(nn.Module):
         return x
 
 
+def side_by_side(states: Tensor, tokens: Tensor) -> Tensor:
+    """The states of a prompt's chunks one after the other: (B * K, N, D) -> (B, K * N, D)."""
+    return states.unflatten(0, tokens.shape[:-1]).flatten(1, -2)
+
+
 class CLIPTextEncoder(nn.Module):
     """CLIP's text transformer; new weights are drawn as CLIP's were (Radford et al. 2021, released code)."""
 
@@ -187,13 +192,26 @@ class CLIPTextEncoder(nn.Module):
         another. Returns (B, N, D), or (B, K * N, D), the chunks one after the other.
         Raises ValueError if there are more tokens than positions.
         """
+        return side_by_side(self.final_layer_norm(self.encoder(self.embed(tokens))), tokens)
+
+    def hidden_states(self, tokens: Tensor) -> list[Tensor]:
+        """What enters the first layer and what leaves each, without the final norm: one more than layers.
+
+        tokens, shapes and what is raised: as of forward.
+        """
+        states = [self.embed(tokens)]
+        for layer in self.encoder.layers:
+            states.append(layer(states[-1]))
+        return [side_by_side(state, tokens) for state in states]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What enters the first layer, each chunk a row. Raises ValueError as forward."""
         if tokens.shape[-1] > self.config.max_position_embeddings:
             raise ValueError(
                 f"{tokens.shape[-1]} tokens, but this text encoder has {self.config.max_position_embeddings} "
                 "positions: cut the prompt, as Tokenizer does at its max_length"
             )
-        states = self.final_layer_norm(self.encoder(self.embeddings(tokens.flatten(0, -2))))
-        return states.unflatten(0, tokens.shape[:-1]).flatten(1, -2)
+        return self.embeddings(tokens.flatten(0, -2))
 
     def pool(self, states: Tensor, tokens: Tensor) -> Tensor:
         """The state at each prompt's first end token, which has seen the whole prompt: (B, D).
@@ -248,3 +266,38 @@ class CLIPTextEncoder(nn.Module):
     def save_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our names to those that transformers 4, transformers 5 and single-file readers all load."""
         return {PREFIX + name: tensor for name, tensor in state_dict.items()}
+
+
+class ProjectedTextEncoder(CLIPTextEncoder):
+    """CLIP's text transformer with its way into the space that texts share with pictures: SDXL's second.
+
+    Parameter names are those of transformers' CLIPTextModelWithProjection.
+    """
+
+    stock_class = "CLIPTextModelWithProjection"
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        """Raises ValueError for a config without projection_dim."""
+        if config.projection_dim is None or config.projection_dim < 1:
+            raise ValueError(
+                f"projection_dim={config.projection_dim}: expected at least 1, of the projection"
+            )
+        super().__init__(config)
+        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        nn.init.normal_(self.text_projection.weight, std=config.hidden_size**-0.5)
+
+    def project(self, state: Tensor, tokens: Tensor) -> Tensor:
+        """Each prompt as a whole, (B, projection_dim): the projection of its pooled state.
+
+        state: the last of hidden_states of these tokens. Of a prompt in chunks the first counts.
+        """
+        first = tokens if tokens.ndim == 2 else tokens[:, 0]
+        return self.text_projection(self.pool(self.final_layer_norm(state[:, : first.shape[1]]), first))
+
+    @staticmethod
+    def save_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our names to those of the files: the projection's stands without `text_model.`."""
+        return {
+            name if name.startswith("text_projection.") else PREFIX + name: tensor
+            for name, tensor in state_dict.items()
+        }

@@ -77,6 +77,11 @@ class DiffusionRecipe(FitConfig):
             raise ValueError(
                 f"unet.num_class_embeds={self.unet.num_class_embeds}: the data has no classes, use null"
             )
+        if self.unet.pooled_channels:
+            raise ValueError(
+                "unet.addition_embed_type=text_time, SDXL's: it draws but does not train here, as it is told "
+                "more than one text encoder says; use null"
+            )
 
 
 def build_unet(recipe: DiffusionRecipe) -> UNet:
