@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm import options
 from ldm.noise import Noise, start_noise, step_noise
-from text_encoder.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
+from ldm.sample import Step
 
 Encode = Callable[[Sequence[str]], Tensor]  # prompts -> (B, N, D)
 Generators = torch.Generator | Sequence[torch.Generator]
+Callback = Callable[[Any, int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
 
 
 def prompt_list(prompt: str | Sequence[str] | None, name: str) -> list[str] | None:
@@ -30,15 +29,6 @@ def prompt_list(prompt: str | Sequence[str] | None, name: str) -> list[str] | No
     for each in prompts:
         options.check_prompt(each, name)
     return prompts
-
-
-def what_is_cut(prompts: Sequence[str], tokenizer: Tokenizer, name: str) -> list[str]:
-    """Of each prompt the end that does not fit the text encoder, "" if it all does; warned about."""
-    cut = [tokenizer.cut(prompt) for prompt in prompts]
-    for end in filter(None, cut):
-        shown = end if len(end) <= 200 else f"{end[:100]} ... {end[-100:]}"
-        log.warning("the %s is too long; this end of it has no effect: %s", name, shown)
-    return cut
 
 
 def context_of(
@@ -105,6 +95,15 @@ def check_answer(answer: object, xt: Tensor) -> Tensor:
         shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
         raise ValueError(f"callback_on_step_end returned latents {shape}: expected {tuple(xt.shape)}")
     return latents
+
+
+def call_back(callback: Callback, pipe: Any, step: Step, t: int, names: Sequence[str]) -> None:
+    """Shows a step to callback_on_step_end, and works its answer into the tensor the trajectory goes on from.
+
+    names: "latents" or "x0". Raises ValueError for an answer that cannot be.
+    """
+    answer = callback(pipe, step.index, t, {name: step.x0 if name == "x0" else step.xt for name in names})
+    step.xt.copy_(check_answer(answer, step.xt))
 
 
 def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:

@@ -23,12 +23,14 @@ from ldm.devices import Movable, default_dtype
 from ldm.guidance import classifier_free, conditional
 from ldm.hub import find_folder
 from ldm.noise import Noise
+from ldm.prompting import Prompting
 from ldm.requests import Request
 from ldm.sample import Step, trajectory
 from ldm.scheduler import Scheduler
 from ldm.solvers import SOLVERS, Tableau
 from ldm.unet import UNet
 from ldm.variance import LearnedVariance, Predict
+from text_encoder import prompt as prompts_of
 from text_encoder.clip import CLIPTextEncoder
 from text_encoder.tokenizer import Tokenizer
 
@@ -40,7 +42,6 @@ log = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "bundled"
 DEFAULTS = "generation.json"  # beside model_index.json: the options that suit the model, see options.Defaults
 OutputType = Literal["pil", "np", "pt", "latent"]
-Callback = Callable[[Any, int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
 
 
 class PipelineOutput(NamedTuple):
@@ -49,6 +50,7 @@ class PipelineOutput(NamedTuple):
     images: Any  # PIL images; "np": (B, H, W, 3), "pt": (B, 3, H, W), both in [0, 1]; "latent": (B, C, h, w)
     seeds: list[int] | None  # of each image; None where a generator drew the noise
     cut: list[str]  # of each prompt, the end that did not fit the text encoder; "" where all did
+    notices: list[str]  # all that had no effect or is odd, in words, each of which is warned of once
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -65,7 +67,7 @@ FORMATS: dict[OutputType, Callable[[Tensor], Any]] = {
 }
 
 
-class LatentDiffusionPipeline(Movable):
+class LatentDiffusionPipeline(Movable, Prompting):
     """Text-to-image latent diffusion. A call changes nothing here, so threads may share a pipeline."""
 
     def __init__(
@@ -78,6 +80,7 @@ class LatentDiffusionPipeline(Movable):
         defaults: options.Defaults | None = None,
     ) -> None:
         """Raises ValueError if the parts do not fit each other."""
+        super().__init__()
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.unet, self.scheduler = unet, scheduler
         self.defaults = defaults or options.Defaults()
@@ -199,16 +202,21 @@ class LatentDiffusionPipeline(Movable):
         )
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str], clip_skip: int | None = None) -> Tensor:
+    def encode_prompts(
+        self, prompts: Sequence[str], clip_skip: int | None = None, prompt_weighting: str | None = None
+    ) -> Tensor:
         """The context of prompts, (B, N, D), for prompt_embeds. clip_skip: leaves out so many last layers.
 
-        Each prompt is encoded alone: its numbers do not depend on the others.
+        prompt_weighting: as of a call. Each prompt is encoded alone: its numbers do not depend on the others.
         """
         options.check_clip_skip(clip_skip or 0)
         with Undrawn():
             encoder = self.text_encoder.drop_layers(clip_skip) if clip_skip else self.text_encoder
         with self._present(self.text_encoder):
-            unique = {prompt: encoder(self.tokenizer([prompt]).to(self.device)) for prompt in set(prompts)}
+            encode = functools.partial(
+                prompts_of.encode, lambda tokens: encoder(tokens.to(self.device)), self.tokenizer
+            )
+            unique = {prompt: encode(prompt, prompt_weighting) for prompt in set(prompts)}
         return torch.cat([unique[prompt] for prompt in prompts])
 
     @torch.no_grad()
@@ -252,10 +260,12 @@ class LatentDiffusionPipeline(Movable):
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         clip_skip: int | None = None,
+        prompt_weighting: str | None = None,
+        strict: bool = False,
         sampler: str | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callback | None = None,
+        callback_on_step_end: inputs.Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> PipelineOutput:
         """Pictures of prompts. Arguments that are None take the model's defaults.
@@ -263,6 +273,8 @@ class LatentDiffusionPipeline(Movable):
         seed: of the first image; image i has seed + i, or give one for each.
         generator: draws the first noise as in diffusers. latents: that noise, (B, C, h, w) standard normal.
         guidance_interval: (low, high) in log(alpha / sigma), no guidance outside. sampler: a name in SOLVERS.
+        prompt_weighting: "a1111" or "comfy" for prompts like "a (red:1.3) fox", see text_encoder.prompt; None
+        reads them literally. strict: ValueError, not a warning, for what would have no effect.
         callback_on_step_end: called with (pipeline, step, t, tensors) after each model call; tensors may be
         "latents" and "x0", the clean latents the model sees; it may return {"latents": ...} to go on from.
         Raises ValueError, with what is valid, for whatever cannot be.
@@ -274,11 +286,13 @@ class LatentDiffusionPipeline(Movable):
         for name in callback_on_step_end_tensor_inputs:
             options.check_choice("callback_on_step_end_tensor_inputs", name, ("latents", "x0"))
         tableau = self.tableau(num_inference_steps, sampler)
-        context, uncond, cut = self._contexts(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt, clip_skip
+        lost = scale <= 1 and (negative_prompt or negative_prompt_embeds is not None)
+        unguided = (
+            f"the negative prompt has no effect without guidance: guidance_scale={scale}" if lost else ""
         )
-        if scale <= 1 and (negative_prompt or negative_prompt_embeds is not None):
-            log.warning("the negative prompt has no effect without guidance: guidance_scale=%s", scale)
+        cut, notices = self._heed(prompt, negative_prompt, prompt_weighting, unguided, strict)
+        given = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt)
+        context, uncond = self._contexts(*given, clip_skip, prompt_weighting)
         shape, kind = self._latent_shape(height, width, latents), self.scheduler.prediction
         xt, noise, seeds = inputs.first_noise(len(context), shape, seed, generator, latents)
         predict, noise = self._heard(noise, tableau, sampler)
@@ -289,11 +303,11 @@ class LatentDiffusionPipeline(Movable):
         for step in self._bar(run, len(tableau.steps)):
             xt = step.xt
             if callback_on_step_end is not None:
-                given = {key: step.x0 if key == "x0" else xt for key in callback_on_step_end_tensor_inputs}
-                answer = callback_on_step_end(self, step.index, int(tableau.steps.t[step.index]), given)
-                xt.copy_(inputs.check_answer(answer, xt))  # the trajectory goes on from this tensor
+                t = int(tableau.steps.t[step.index])
+                inputs.call_back(callback_on_step_end, self, step, t, callback_on_step_end_tensor_inputs)
         images = FORMATS[output_type](xt if output_type == "latent" else self.decode(xt))
-        return PipelineOutput(images, seeds, cut) if return_dict else (images, None)  # type: ignore[return-value]
+        output = PipelineOutput(images, seeds, cut, notices)
+        return output if return_dict else (images, None)  # type: ignore[return-value]
 
     def each(
         self, requests: Iterable[Request], batch_size: int | None = None
@@ -324,9 +338,11 @@ class LatentDiffusionPipeline(Movable):
         negative_embeds: Tensor | None,
         images: int,
         clip_skip: int | None,
-    ) -> tuple[Tensor, Tensor, list[str]]:
-        """context and uncond, (B, N, D) with a row an image, and what was cut of each prompt."""
-        encode = functools.partial(self.encode_prompts, clip_skip=clip_skip)
+        weighting: str | None,
+    ) -> tuple[Tensor, Tensor]:
+        """context and uncond, (B, N, D) with a row an image."""
+        whole = functools.partial(self.encode_prompts, prompt_weighting=weighting)
+        encode = functools.partial(whole, clip_skip=clip_skip)
         width = self.unet.config.cross_attention_dim
         if negative_prompt is None and negative_embeds is None:
             negative_prompt = ""
@@ -336,15 +352,11 @@ class LatentDiffusionPipeline(Movable):
         options.check_count(images, 1 if given is None else len(given))
         context = inputs.context_of(prompts, embeds, encode, (None, None, width), "prompt")
         # whole also with clip_skip, as in diffusers
-        uncond = inputs.context_of(
-            negatives, negative_embeds, self.encode_prompts, context.shape, "negative_prompt"
-        )
-        cut = inputs.what_is_cut(prompts or [], self.tokenizer, "prompt")
-        inputs.what_is_cut(negatives or [], self.tokenizer, "negative prompt")
+        uncond = inputs.context_of(negatives, negative_embeds, whole, context.shape, "negative_prompt")
         context, uncond = (
             each.to(self.device).repeat_interleave(images, dim=0) for each in (context, uncond)
         )
-        return context, uncond, cut
+        return context, uncond
 
     @property
     def default_size(self) -> tuple[int, int]:

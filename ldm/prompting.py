@@ -1,0 +1,123 @@
+"""Prompts of a call: contexts that others can use too, and what of a prompt has no effect, told once."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ldm import inputs, options
+from text_encoder.prompt import read, what_is_cut
+from text_encoder.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from ldm.attention_maps import AttentionMaps
+
+log = logging.getLogger(__name__)
+
+Prompts = str | Sequence[str] | None
+
+
+def notices(
+    prompts: Prompts, tokenizer: Tokenizer, weighting: str | None, name: str
+) -> tuple[list[str], list[str]]:
+    """Of each prompt the end that does not fit the text encoder, "" if all does; and what is odd, in words.
+
+    name: what the words call a prompt. Raises ValueError for prompts and weightings that cannot be.
+    """
+    options.check_weighting(weighting)
+    cut, said = [], []
+    for text in inputs.prompt_list(prompts, name.replace(" ", "_")) or []:
+        prompt = read(text, weighting)
+        said += [f"{notice}: {_short(text)}" for notice in prompt.notices]
+        cut.append(what_is_cut(prompt, tokenizer))
+        if cut[-1]:
+            said.append(
+                f"the {name} is too long; this end of it has no effect: {_short(cut[-1])} (more chunks, by "
+                "--chunks or tokenizer.chunks, have more room)"
+            )
+    return cut, said
+
+
+def check_heard(prompt: str, negative: str, tokenizer: Tokenizer, weighting: str | None) -> None:
+    """Raises ValueError if some of these prompts has no effect or is not read as it was meant."""
+    for text, name in ((prompt, "prompt"), (negative, "negative prompt")):
+        for notice in notices(text, tokenizer, weighting, name)[1]:
+            raise ValueError(notice)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}"
+
+
+class Prompting:
+    """What a pipeline does with prompts beside drawing them."""
+
+    tokenizer: Tokenizer
+    device: torch.device
+
+    def __init__(self) -> None:
+        self._told: deque[str] = deque(maxlen=1000)
+
+    def _heed(
+        self, prompt: Prompts, negative: Prompts, weighting: str | None, unguided: str, strict: bool
+    ) -> tuple[list[str], list[str]]:
+        """What is cut of each prompt, and everything that has no effect: warned of where it is new.
+
+        unguided: why the negative prompt has no effect, else "". Raises ValueError if strict in its place.
+        """
+        cut, said = notices(prompt, self.tokenizer, weighting, "prompt")
+        said += notices(negative, self.tokenizer, weighting, "negative prompt")[1]
+        said = list(dict.fromkeys(said + [unguided] * bool(unguided)))
+        for notice in said:
+            if strict:
+                raise ValueError(notice)
+            if notice not in self._told:
+                self._told.append(notice)
+                log.warning(notice)
+        return cut, said
+
+    def encode_prompt(
+        self,
+        prompt: Prompts = None,
+        device: str | torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: Prompts = None,
+        *,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        clip_skip: int | None = None,
+        prompt_weighting: str | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """prompt_embeds and negative_prompt_embeds, (B, N, D) with a row an image: as diffusers calls it.
+
+        Given to a call they make the same picture, bit for bit, as the prompts. Without guidance the second
+        is None. Raises ValueError as a call does.
+        """
+        context, uncond = self._contexts(  # type: ignore[attr-defined]
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            num_images_per_prompt,
+            clip_skip,
+            prompt_weighting,
+        )
+        self._heed(prompt, negative_prompt, prompt_weighting, "", strict=False)
+        target = self.device if device is None else inputs.check_device(device)
+        return context.to(target), uncond.to(target) if do_classifier_free_guidance else None
+
+    def attention_maps(self, prompt: str | Sequence[str], **call: Any) -> AttentionMaps:
+        """A call's pictures, and where each looks for each word of its prompt: see ldm.attention_maps.
+
+        call: options as of any call; the pictures are the same, bit for bit.
+        Raises ValueError if the model does not look at the text.
+        """
+        from ldm.attention_maps import attention_maps  # few ask for it
+
+        return attention_maps(self, prompt, **call)  # type: ignore[arg-type]
