@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from ldm.pipeline import LatentDiffusionPipeline, PipelineOutput
 
 
+SIDE = 160  # pixels: smaller pictures are enlarged on a sheet
+
+
 class WordMap(NamedTuple):
     """A word of a prompt, and the share of every pixel's attention that its tokens get."""
 
@@ -173,7 +176,9 @@ def attention_sheet(images: Sequence[Image.Image], maps: Sequence[Sequence[WordM
 
     One picture's sheet is nearly square; several pictures of one prompt have a row each.
     """
-    cells = []
+    cells, times = [], math.ceil(SIDE / images[0].width)
     for image, words in zip(images, maps, strict=True):
-        cells += [labelled(image, ""), *(labelled(over(image, heat), word) for word, heat in words)]
+        drawn = [("", image), *((word, over(image, heat)) for word, heat in words)]
+        for word, cell in drawn:
+            cells.append(labelled(cell.resize((times * cell.width, times * cell.height)), word))
     return grid(cells, None if len(images) == 1 else len(maps[0]) + 1)
