@@ -17,8 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
+from torch import Tensor
 
+from ldm.attention import CrossAttention, SelfAttention
 from ldm.context import Context
 from ldm.picture import grid
 from ldm.variance import Predict
@@ -45,18 +46,6 @@ class AttentionMaps(NamedTuple):
     maps: list[list[WordMap]]
 
 
-class Recording(Context):
-    """A run's Context that tells a watcher what looks at it."""
-
-    def __init__(self, embeddings: Tensor, watcher: Watcher) -> None:
-        super().__init__(embeddings)
-        self.watcher = watcher
-
-    def look(self, layer: nn.Module, q: Tensor, k: Tensor) -> None:
-        if layer in self._made:  # others look at the latents
-            self.watcher.look(q, k, layer.heads)  # type: ignore[arg-type]
-
-
 class Watcher:
     """A UNet that remembers where it looked: (xt, t, context) -> prediction. For one run at a time."""
 
@@ -68,21 +57,21 @@ class Watcher:
         """Makes ready for the next run."""
         self.sums: dict[int, Tensor] = {}  # by the pixels of a layer, (B, pixels, N): sums over layers, steps
         self.layers = 0  # that looked at the text, in all steps
-        self._runs: dict[Any, Recording] = {}  # guidance's Contexts, and ours in their places
 
     def __call__(self, xt: Tensor, t: Tensor, context: Tensor | Context) -> Tensor:
         self.rows, _, *self.size = xt.shape
-        if context not in self._runs:
-            text = context.embeddings if isinstance(context, Context) else context
-            self._runs[context] = Recording(text, self)
-        return self.unet(xt, t, self._runs[context])
+        run = context if isinstance(context, Context) else Context(context)
+        run.look = self.look  # type: ignore[method-assign]  # of this run's own object
+        return self.unet(xt, t, run)
 
-    def look(self, q: Tensor, k: Tensor, heads: int) -> None:
-        """Adds a layer's attention, the mean of its heads. q: (k * B, pixels, C), k: (k * B, N, C).
+    def look(self, layer: CrossAttention, q: Tensor, k: Tensor) -> None:
+        """Adds a layer's attention to the text, the mean of its heads.
 
-        Of several texts for each latent the prompts come last, as in guidance.
+        q: (k * B, pixels, C). k: (k * B, N, C). Of several texts for each latent the prompts come last.
         """
-        q, k = (x[-self.rows :].float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+        if isinstance(layer, SelfAttention):
+            return
+        q, k = (x[-self.rows :].float().unflatten(-1, (layer.heads, -1)).transpose(1, 2) for x in (q, k))
         shares = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)
         pixels = shares.shape[1]
         self.sums[pixels] = self.sums[pixels] + shares if pixels in self.sums else shares

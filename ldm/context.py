@@ -56,8 +56,8 @@ class Context:
             self._made[layer] = make(self.embeddings)
         return self._made[layer]
 
-    def look(self, layer: nn.Module, q: Tensor, k: Tensor) -> None:
-        """Told what a layer's attention compares; for those who want to see it, as ldm.attention_maps."""
+    def look(self, layer: Any, q: Tensor, k: Tensor) -> None:
+        """Told what an attention layer compares. Who wants to see it takes its place: ldm.attention_maps."""
 
 
 def of_text(context: Tensor | Context, layer: nn.Module, make: Callable[[Tensor], T]) -> T:

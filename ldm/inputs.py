@@ -13,6 +13,7 @@ from torch import Tensor
 from ldm import options
 from ldm.noise import Noise, start_noise, step_noise
 from ldm.sample import Step
+from ldm.solvers import Tableau
 
 Encode = Callable[[Sequence[str]], Tensor]  # prompts -> (B, N, D)
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -97,12 +98,13 @@ def check_answer(answer: object, xt: Tensor) -> Tensor:
     return latents
 
 
-def call_back(callback: Callback, pipe: Any, step: Step, t: int, names: Sequence[str]) -> None:
+def call_back(callback: Callback, pipe: Any, step: Step, tableau: Tableau, names: Sequence[str]) -> None:
     """Shows a step to callback_on_step_end, and works its answer into the tensor the trajectory goes on from.
 
     names: "latents" or "x0". Raises ValueError for an answer that cannot be.
     """
-    answer = callback(pipe, step.index, t, {name: step.x0 if name == "x0" else step.xt for name in names})
+    seen = {name: step.x0 if name == "x0" else step.xt for name in names}
+    answer = callback(pipe, step.index, int(tableau.steps.t[step.index]), seen)
     step.xt.copy_(check_answer(answer, step.xt))
 
 

@@ -19,7 +19,7 @@ from ldm import inputs, options, stock
 from ldm.checkpoint import Undrawn, has_variant, load_model, save_model
 from ldm.config import read_config, read_json, write_json
 from ldm.context import Context
-from ldm.devices import Movable, default_dtype
+from ldm.devices import default_dtype
 from ldm.guidance import classifier_free, conditional
 from ldm.hub import find_folder
 from ldm.noise import Noise
@@ -67,7 +67,7 @@ FORMATS: dict[OutputType, Callable[[Tensor], Any]] = {
 }
 
 
-class LatentDiffusionPipeline(Movable, Prompting):
+class LatentDiffusionPipeline(Prompting):
     """Text-to-image latent diffusion. A call changes nothing here, so threads may share a pipeline."""
 
     def __init__(
@@ -283,16 +283,13 @@ class LatentDiffusionPipeline(Movable, Prompting):
         rescale = self.defaults.guidance_rescale if guidance_rescale is None else guidance_rescale
         options.check_guidance(scale, rescale, guidance_interval)
         options.check_choice("output_type", output_type, FORMATS)
-        for name in callback_on_step_end_tensor_inputs:
+        watched = callback_on_step_end_tensor_inputs
+        for name in watched:
             options.check_choice("callback_on_step_end_tensor_inputs", name, ("latents", "x0"))
         tableau = self.tableau(num_inference_steps, sampler)
-        lost = scale <= 1 and (negative_prompt or negative_prompt_embeds is not None)
-        unguided = (
-            f"the negative prompt has no effect without guidance: guidance_scale={scale}" if lost else ""
-        )
-        cut, notices = self._heed(prompt, negative_prompt, prompt_weighting, unguided, strict)
-        given = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt)
-        context, uncond = self._contexts(*given, clip_skip, prompt_weighting)
+        given = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        told = self._heed(*given, prompt_weighting, scale, strict)
+        context, uncond = self._contexts(*given, num_images_per_prompt, clip_skip, prompt_weighting)
         shape, kind = self._latent_shape(height, width, latents), self.scheduler.prediction
         xt, noise, seeds = inputs.first_noise(len(context), shape, seed, generator, latents)
         predict, noise = self._heard(noise, tableau, sampler)
@@ -303,11 +300,9 @@ class LatentDiffusionPipeline(Movable, Prompting):
         for step in self._bar(run, len(tableau.steps)):
             xt = step.xt
             if callback_on_step_end is not None:
-                t = int(tableau.steps.t[step.index])
-                inputs.call_back(callback_on_step_end, self, step, t, callback_on_step_end_tensor_inputs)
+                inputs.call_back(callback_on_step_end, self, step, tableau, watched)
         images = FORMATS[output_type](xt if output_type == "latent" else self.decode(xt))
-        output = PipelineOutput(images, seeds, cut, notices)
-        return output if return_dict else (images, None)  # type: ignore[return-value]
+        return PipelineOutput(images, seeds, *told) if return_dict else (images, None)  # type: ignore[return-value]
 
     def each(
         self, requests: Iterable[Request], batch_size: int | None = None

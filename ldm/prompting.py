@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm import inputs, options
+from ldm.devices import Movable
 from text_encoder.prompt import read, what_is_cut
 from text_encoder.tokenizer import Tokenizer
 
@@ -54,25 +56,34 @@ def _short(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}"
 
 
-class Prompting:
+class Prompting(Movable):
     """What a pipeline does with prompts beside drawing them."""
 
     tokenizer: Tokenizer
-    device: torch.device
 
     def __init__(self) -> None:
         self._told: deque[str] = deque(maxlen=1000)
 
     def _heed(
-        self, prompt: Prompts, negative: Prompts, weighting: str | None, unguided: str, strict: bool
+        self,
+        prompt: Prompts,
+        negative: Prompts,
+        embeds: Tensor | None,
+        negative_embeds: Tensor | None,
+        weighting: str | None,
+        scale: float,
+        strict: bool = False,
     ) -> tuple[list[str], list[str]]:
-        """What is cut of each prompt, and everything that has no effect: warned of where it is new.
+        """What is cut of each prompt, and all that has no effect: warned of where it is new.
 
-        unguided: why the negative prompt has no effect, else "". Raises ValueError if strict in its place.
+        scale: of guidance, without which nothing negative acts. Raises ValueError in place of a warning if
+        strict.
         """
         cut, said = notices(prompt, self.tokenizer, weighting, "prompt")
         said += notices(negative, self.tokenizer, weighting, "negative prompt")[1]
-        said = list(dict.fromkeys(said + [unguided] * bool(unguided)))
+        if scale <= 1 and (negative or negative_embeds is not None):
+            said.append(f"the negative prompt has no effect without guidance: guidance_scale={scale}")
+        said = list(dict.fromkeys(said))
         for notice in said:
             if strict:
                 raise ValueError(notice)
@@ -99,16 +110,9 @@ class Prompting:
         Given to a call they make the same picture, bit for bit, as the prompts. Without guidance the second
         is None. Raises ValueError as a call does.
         """
-        context, uncond = self._contexts(  # type: ignore[attr-defined]
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            num_images_per_prompt,
-            clip_skip,
-            prompt_weighting,
-        )
-        self._heed(prompt, negative_prompt, prompt_weighting, "", strict=False)
+        given = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        context, uncond = self._contexts(*given, num_images_per_prompt, clip_skip, prompt_weighting)  # type: ignore[attr-defined]
+        self._heed(*given, prompt_weighting, scale=math.inf)
         target = self.device if device is None else inputs.check_device(device)
         return context.to(target), uncond.to(target) if do_classifier_free_guidance else None
 
