@@ -283,8 +283,7 @@ class LatentDiffusionPipeline(Prompting):
         rescale = self.defaults.guidance_rescale if guidance_rescale is None else guidance_rescale
         options.check_guidance(scale, rescale, guidance_interval)
         options.check_choice("output_type", output_type, FORMATS)
-        watched = callback_on_step_end_tensor_inputs
-        for name in watched:
+        for name in (watched := callback_on_step_end_tensor_inputs):
             options.check_choice("callback_on_step_end_tensor_inputs", name, ("latents", "x0"))
         tableau = self.tableau(num_inference_steps, sampler)
         given = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
