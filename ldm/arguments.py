@@ -99,6 +99,15 @@ HOW: Table = {
         "help": "the solver, such as ddim, euler_a or dpmpp_2m: see --list-samplers",
     },
     "clip-skip": {**WHOLE, "help": "leave out the last N layers of the text encoder"},
+    "prompt-weighting": {
+        "metavar": "NAME",
+        "help": "a1111 or comfy: read (word:1.3), [word] and BREAK in prompts; literal if left out",
+    },
+    "chunks": {
+        **WHOLE,
+        "help": "read prompts up to N times as long as the text encoder; as it was trained if left out",
+    },
+    "strict": {**SWITCH, "help": "refuse prompts of which something would have no effect"},
     "dtype": {
         "choices": ["auto", *DTYPES],
         "help": "precision; auto is bf16 where the hardware has it, else fp32",
@@ -123,6 +132,10 @@ WHERE: Table = {
         "help": "write over a picture that is there; with --prompts over those made by another recipe",
     },
     "show-steps": {**SWITCH, "help": "also write NAME-steps.png: how the picture came out of the noise"},
+    "show-attention": {
+        **SWITCH,
+        "help": "also write NAME-attention.png: where the picture looked at each word",
+    },
     "no-metadata": {**SWITCH, "help": "do not write the recipe into the picture"},
     "progress": {"choices": ["bar", "json", "none"], "help": "on standard error; else a bar on a terminal"},
 }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autoencoder.layers import AttentionBlock, GroupNorm, scaled_dot_product, to_image, to_tokens
 from ldm import native
-from ldm.context import Context, of_text, repeated
+from ldm.context import Context, looked, of_text, repeated
 
 Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # (q, k, v, heads) -> (B, N, heads * D)
 
@@ -133,6 +133,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | Context) -> Tensor:
         k, v = self.keys_values(x, context)
         q = repeated(self.to_q(x), like=k)
+        looked(context, self, q, k)
         return self.to_out[0](attention(q, k, v, self.heads, self.backend))
 
 

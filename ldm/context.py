@@ -72,6 +72,9 @@ class Context:
             self._made[layer] = make(self.embeddings)
         return self._made[layer]
 
+    def look(self, layer: Any, q: Tensor, k: Tensor) -> None:
+        """Told what an attention layer compares. Who wants to see it takes its place: ldm.attention_maps."""
+
 
 def _rows(parts: tuple[Tensor | None, ...]) -> Tensor | None:
     """The rows of all parts, where there are all."""
@@ -82,3 +85,9 @@ def _rows(parts: tuple[Tensor | None, ...]) -> Tensor | None:
 def of_text(context: Tensor | Context, layer: nn.Module, make: Callable[[Tensor], T]) -> T:
     """What a layer makes of the text: anew of embeddings (B, N, D), once in a run of its Context."""
     return context.once(layer, make) if isinstance(context, Context) else make(context)
+
+
+def looked(context: Tensor | Context | None, layer: nn.Module, q: Tensor, k: Tensor) -> None:
+    """Tells a run's Context what this layer compares: q (k * B, pixels, C) with k (k * B, M, C)."""
+    if isinstance(context, Context):
+        context.look(layer, q, k)

@@ -93,6 +93,8 @@ def draw_gallery(args: argparse.Namespace) -> Path:
 
     pipe, facts = _load(args, lines, rank)
     requests = settle_requests(pipe, lines)
+    if args.strict:
+        check_lines(pipe, dict(zip(lines, requests, strict=True)))
     recipes = {request: _recipe(request, facts) for request in requests}
     missing = set(find_missing(folder, recipes, args))
     batches = [
@@ -120,12 +122,13 @@ def draw_gallery(args: argparse.Namespace) -> Path:
 def check_arguments(args: argparse.Namespace, rank: Rank) -> Path:
     """The folder of the pictures. Raises ValueError for options that --prompts does not go with."""
     given = {"a prompt": args.prompt, "--from": args.source, "--num-images": args.num_images}
-    given["--show-steps"] = args.show_steps or None
+    given |= {"--show-steps": args.show_steps or None, "--show-attention": args.show_attention or None}
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"--prompts draws one picture a line: leave out {name}")
     if args.prompts == "-" and rank.count > 1:
         raise ValueError("--prompts -: standard input goes to one process; give several a file")
+    options.check_chunks(args.chunks)
     if args.batch_size is not None:
         options.check_batch_size(args.batch_size)
     if args.output is None or args.output.lower().endswith(".png"):
@@ -155,6 +158,18 @@ def _load(args: argparse.Namespace, lines: Mapping[str, Request], rank: Rank) ->
     if args.device is None and device.type == "cuda" and rank.count > 1:
         device = find_device(f"cuda:{rank.device}")
     return load(vars(args), device, DTYPES.get(args.dtype), fetch=True)
+
+
+def check_lines(pipe: Any, lines: Mapping[str, Request]) -> None:
+    """Raises ValueError, naming the line, if something of a settled request's prompts has no effect."""
+    from ldm.prompting import check_heard
+
+    for where, request in lines.items():
+        texts = (request.prompt, request.negative_prompt or "")
+        try:
+            check_heard(*texts, pipe.tokenizers, request.prompt_weighting)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
 
 def _recipe(request: Request, facts: Mapping[str, Any]) -> Recipe:

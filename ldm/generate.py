@@ -31,7 +31,7 @@ STRIP = 8  # pictures of an image in the strip of --show-steps
 
 
 def outputs(args: argparse.Namespace, prompt: str, count: int) -> list[Path]:
-    """Where the picture, or the grid and then its pictures, and last the strip of --show-steps will be.
+    """Where the picture, or the grid and then its pictures, and last the sheets of --show-... will be.
 
     Raises ValueError if one of them cannot be written.
     """
@@ -41,8 +41,8 @@ def outputs(args: argparse.Namespace, prompt: str, count: int) -> list[Path]:
     paths = [path]
     if count > 1:
         paths += [path.with_stem(f"{path.stem}-{index + 1}") for index in range(count)]
-    if args.show_steps:
-        paths.append(path.with_stem(f"{path.stem}-steps"))
+    shown = [name for name in ("steps", "attention") if getattr(args, f"show_{name}")]
+    paths += [path.with_stem(f"{path.stem}-{name}") for name in shown]
     for each in paths:
         check_output(each, overwrite=args.overwrite)
     return paths
@@ -113,27 +113,29 @@ class Progress:
 
 
 def draw(
-    pipe: LatentDiffusionPipeline, recipe: Recipe, progress: Progress, *, show_steps: bool
+    pipe: LatentDiffusionPipeline, recipe: Recipe, progress: Progress, args: argparse.Namespace
 ) -> tuple[list[Image.Image], list[Image.Image]]:
-    """The pictures of a recipe, and those of their strips, STRIP an image or as many as there are steps.
+    """The pictures of a recipe, and the sheets of --show-steps and --show-attention.
 
     Images are drawn one by one: each is, bit for bit, what its seed gives alone.
     """
+    from ldm.attention_maps import attention_sheet, maps_of, watched
     from ldm.outputs import to_pil
 
     total = len(pipe.tableau(recipe.steps, recipe.sampler).steps)
     shown = {round(index * (total - 1) / max(min(STRIP, total) - 1, 1)) for index in range(min(STRIP, total))}
-    images, frames = [], []
+    images, frames, maps = [], [], []
+    twin, watcher = watched(pipe) if args.show_attention else (pipe, None)
     for index in range(recipe.num_images):
         seen: list[Any] = []
 
         def watch(_: Any, step: int, t: int, tensors: dict[str, Any], seen: list[Any] = seen) -> None:
             progress.step(step, total)
-            if show_steps and step in shown:
+            if args.show_steps and step in shown:
                 seen.append(tensors["x0"])
 
         progress.begin(index + 1)
-        images += pipe(
+        images += twin(
             recipe.prompt,
             height=recipe.height,
             width=recipe.width,
@@ -144,18 +146,24 @@ def draw(
             sampler=recipe.sampler,
             seed=recipe.seed + index,
             clip_skip=recipe.clip_skip or None,
+            prompt_weighting=recipe.prompt_weighting,
+            strict=args.strict,
             callback_on_step_end=watch,
             callback_on_step_end_tensor_inputs=("x0",),
         ).images
         frames += [image for x0 in seen for image in to_pil(pipe.decode(x0))]
-    return images, frames
+        if watcher is not None:
+            maps += maps_of(watcher, pipe, [recipe.prompt], recipe.prompt_weighting)
+            watcher.forget()
+    sheets = [grid(frames, columns=len(frames) // len(images))] if frames else []
+    return images, sheets + ([attention_sheet(images, maps)] if maps else [])
 
 
 def save(
     paths: Sequence[Path],
     recipe: Recipe,
     images: Sequence[Image.Image],
-    frames: Sequence[Image.Image],
+    sheets: Sequence[Image.Image],
     args: Any,
 ) -> None:
     """Writes the pictures to the paths of `outputs`, the one that is printed last."""
@@ -164,8 +172,7 @@ def save(
         for index, (path, image) in enumerate(zip(paths[1:], images, strict=False)):
             alone = dataclasses.replace(recipe, seed=recipe.seed + index, num_images=1)
             written.append((path, image, alone))
-    if frames:
-        written.append((paths[-1], grid(frames, columns=len(frames) // len(images)), recipe))
+    written += [(path, sheet, recipe) for path, sheet in zip(paths[-len(sheets) :], sheets, strict=False)]
     written.append((paths[0], grid(images), recipe))
     for path, image, made_by in written:
         save_picture(image, path, None if args.no_metadata else made_by, overwrite=args.overwrite)
@@ -180,10 +187,10 @@ def generate(args: argparse.Namespace) -> Path:
     paths = outputs(args, settled["prompt"], settled["num_images"])
     pipe, recipe = prepare(args, settled, source)
     progress = Progress(args.progress, pipe, recipe.num_images)
-    images, frames = draw(pipe, recipe, progress, show_steps=args.show_steps)
+    images, sheets = draw(pipe, recipe, progress, args)
     while True:
         try:
-            save(paths, recipe, images, frames, args)
+            save(paths, recipe, images, sheets, args)
             return paths[0]
         except FileExistsError:  # another process has taken this counter meanwhile, or this very name
             paths, taken = outputs(args, recipe.prompt, recipe.num_images), paths

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +13,13 @@ from torch import Tensor
 from ldm import options
 from ldm.context import Context
 from ldm.noise import Noise, start_noise, step_noise
-
-log = logging.getLogger(__name__)
+from ldm.sample import Step
+from ldm.solvers import Tableau
 
 Prompt = str | None  # None: nothing is said
 Encode = Callable[[Sequence[Prompt]], Context]  # prompts -> (B, N, D), and what else the UNet is told
 Generators = torch.Generator | Sequence[torch.Generator]
+Callback = Callable[[Any, int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
 
 
 def prompt_list(prompt: str | Sequence[str] | None, name: str) -> list[str] | None:
@@ -39,15 +40,6 @@ def negative_list(negative: str | Sequence[Prompt] | None) -> Sequence[Prompt] |
         return prompt_list(negative, "negative_prompt")  # type: ignore[arg-type]
     prompt_list(["" if each is None else each for each in negative], "negative_prompt")
     return negative
-
-
-def what_is_cut(prompts: Sequence[Prompt], cut_of: Callable[[str], str], name: str) -> list[str]:
-    """Of each prompt the end that does not fit the text encoder, "" if it all does; warned about."""
-    cut = [cut_of(prompt or "") for prompt in prompts]
-    for end in filter(None, cut):
-        shown = end if len(end) <= 200 else f"{end[:100]} ... {end[-100:]}"
-        log.warning("the %s is too long; this end of it has no effect: %s", name, shown)
-    return cut
 
 
 def context_of(
@@ -119,6 +111,16 @@ def check_answer(answer: object, xt: Tensor) -> Tensor:
         shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
         raise ValueError(f"callback_on_step_end returned latents {shape}: expected {tuple(xt.shape)}")
     return latents
+
+
+def call_back(callback: Callback, pipe: Any, step: Step, tableau: Tableau, names: Sequence[str]) -> None:
+    """Shows a step to callback_on_step_end, and works its answer into the tensor the trajectory goes on from.
+
+    names: "latents" or "x0". Raises ValueError for an answer that cannot be.
+    """
+    seen = {name: step.x0 if name == "x0" else step.xt for name in names}
+    answer = callback(pipe, step.index, int(tableau.steps.t[step.index]), seen)
+    step.xt.copy_(check_answer(answer, step.xt))
 
 
 def seeds_of(seed: int | Sequence[int] | None, count: int) -> list[int]:

@@ -35,8 +35,8 @@ def load(
 ) -> tuple[pipeline.LatentDiffusionPipeline, dict[str, Any]]:
     """The pipeline, and the fields of Recipe that it decides.
 
-    settled: holds the model and its variant, by Recipe's names. dtype: such as "float32"; None suits the
-    device. fetch: whether a model may come from the hub.
+    settled: holds the model, its variant and the prompt's chunks, by Recipe's names. dtype: such as
+    "float32"; None suits the device. fetch: whether a model may come from the hub.
     Raises ValueError if there is no such model.
     """
     options.check_choice("dtype", dtype or "float32", DTYPES.values())
@@ -50,6 +50,7 @@ def load(
         digest: Future[str] = beside.submit(model_hash, models, variant)
         pipe = pipeline.LatentDiffusionPipeline.from_pretrained(folder, dtype=kind, variant=variant)
         pipe.to(device)
+        pipe.tokenizer.chunks = settled.get("chunks") or pipe.tokenizer.chunks
         asked = settled.get("optimize")
         if pays(pipe) if asked is None else asked:
             pipe.optimize()
@@ -57,6 +58,7 @@ def load(
         "model": model,
         "model_hash": digest.result(),
         "variant": variant,
+        "chunks": settled.get("chunks"),
         "dtype": str(kind).removeprefix("torch."),
         "device": device.type,
         "optimize": pipe.optimized,

@@ -136,6 +136,7 @@ def _latents(pipe: LatentDiffusionPipeline, batch: Sequence[Request], stopped: t
         sampler=first.sampler,
         seed=[request.seed for request in batch if request.seed is not None],
         clip_skip=first.clip_skip or None,
+        prompt_weighting=first.prompt_weighting,
         output_type="latent",
         callback_on_step_end=watch,
         callback_on_step_end_tensor_inputs=(),

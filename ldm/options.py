@@ -15,6 +15,8 @@ MAX_STEPS = 1000  # the training timesteps of every model of this family
 MAX_IMAGES = 256  # of one call
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 100.0
+WEIGHTINGS = ("a1111", "comfy")  # the names in text_encoder.prompt.WEIGHTINGS
+MAX_CHUNKS = 64  # of a prompt: 4,800 of CLIP's tokens
 MAX_PROMPT = 80_000  # characters: a recipe with two of them, escaped, is no longer than what --from reads
 
 
@@ -128,6 +130,18 @@ def check_clip_skip(count: int) -> None:
         raise ValueError(f"clip_skip={count!r}: expected a number of layers to leave out, 0 or more")
 
 
+def check_weighting(name: str | None) -> None:
+    """Raises ValueError unless name is None or one of WEIGHTINGS."""
+    if name is not None:
+        check_choice("prompt_weighting", name, WEIGHTINGS)
+
+
+def check_chunks(count: int | None) -> None:
+    """Raises ValueError unless count is None or a whole number from 1 to MAX_CHUNKS."""
+    if count is not None and (not _whole(count) or not 1 <= count <= MAX_CHUNKS):
+        raise ValueError(f"chunks={count!r}: expected 1 to {MAX_CHUNKS} times what the text encoder reads")
+
+
 def check_request(values: Mapping[str, Any]) -> None:
     """Raises ValueError unless these options of a picture, by Recipe's names, can be; what is absent can."""
     for name in ("prompt", "negative_prompt"):
@@ -138,6 +152,8 @@ def check_request(values: Mapping[str, Any]) -> None:
     check_count(values.get("num_images", 1))
     check_seed(values.get("seed", 0), values.get("num_images", 1))
     check_clip_skip(values.get("clip_skip", 0))
+    check_weighting(values.get("prompt_weighting"))
+    check_chunks(values.get("chunks"))
 
 
 def check_choice(name: str, value: object, known: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ class PipelineOutput(NamedTuple):
     images: Any  # PIL images; "np": (B, H, W, 3), "pt": (B, 3, H, W), both in [0, 1]; "latent": (B, C, h, w)
     seeds: list[int] | None  # of each image; None where a generator drew the noise
     cut: list[str]  # of each prompt, the end that did not fit the text encoder; "" where all did
+    notices: list[str]  # all that had no effect or is odd, in words, each of which is warned of once
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,12 +16,13 @@ from torch import Tensor
 from autoencoder.vae import AutoencoderKL
 from ldm import inputs, options, stock
 from ldm.context import Context
-from ldm.devices import Movable, default_dtype
+from ldm.devices import default_dtype
 from ldm.guidance import classifier_free, conditional
 from ldm.hub import find_folder
 from ldm.noise import Noise
 from ldm.outputs import FORMATS, OutputType, PipelineOutput
 from ldm.parts import read_parts, write_parts
+from ldm.prompting import Prompting
 from ldm.requests import Request
 from ldm.sample import Denoiser, Step, trajectory
 from ldm.scheduler import Scheduler
@@ -39,10 +40,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BUNDLED = Path(__file__).parent / "bundled"
-Callback = Callable[[Any, int, int, dict[str, Tensor]], "dict[str, Tensor] | None"]
 
 
-class LatentDiffusionPipeline(Movable):
+class LatentDiffusionPipeline(Prompting):
     """Text-to-image latent diffusion. A call changes nothing here, so threads may share a pipeline."""
 
     def __init__(
@@ -59,6 +59,7 @@ class LatentDiffusionPipeline(Movable):
         force_zeros_for_empty_prompt: bool = True,
     ) -> None:
         """The last three are SDXL's. Raises ValueError if the parts do not fit each other."""
+        super().__init__()
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.unet, self.scheduler = unet, scheduler
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
@@ -172,19 +173,24 @@ class LatentDiffusionPipeline(Movable):
 
     @torch.no_grad()
     def encode_prompts(
-        self, prompts: Sequence[inputs.Prompt], clip_skip: int | None = None
+        self,
+        prompts: Sequence[inputs.Prompt],
+        clip_skip: int | None = None,
+        prompt_weighting: str | None = None,
     ) -> Tensor | Context:
         """The context of prompts, (B, N, D), for prompt_embeds; of SDXL a Context, with each text as a whole.
 
-        clip_skip: leaves out so many last layers. None in the place of a prompt: nothing is said.
-        Each prompt is encoded alone: its numbers do not depend on the others.
+        clip_skip: leaves out so many last layers. prompt_weighting: as of a call. None in the place of a
+        prompt: nothing is said. Each prompt is encoded alone: its numbers do not depend on the others.
         """
-        told = self._encode(prompts, clip_skip)
+        told = self._encode(prompts, clip_skip, prompt_weighting)
         return told.embeddings if told.pooled is None else told
 
-    def _encode(self, prompts: Sequence[inputs.Prompt], clip_skip: int | None = None) -> Context:
+    def _encode(
+        self, prompts: Sequence[inputs.Prompt], clip_skip: int | None = None, weighting: str | None = None
+    ) -> Context:
         options.check_clip_skip(clip_skip or 0)
-        return self.texts.encode(prompts, clip_skip or 0, self.device, self._present)
+        return self.texts.encode(prompts, clip_skip or 0, weighting, self.device, self._present)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -230,10 +236,12 @@ class LatentDiffusionPipeline(Movable):
         original_size: tuple[int, int] | None = None,
         crops_coords_top_left: tuple[int, int] | None = None,
         target_size: tuple[int, int] | None = None,
+        prompt_weighting: str | None = None,
+        strict: bool = False,
         sampler: str | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callback | None = None,
+        callback_on_step_end: inputs.Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> PipelineOutput:
         """Pictures of prompts. Arguments that are None take the model's defaults.
@@ -242,6 +250,7 @@ class LatentDiffusionPipeline(Movable):
         generator: draws the first noise as in diffusers. latents: that noise, (B, C, h, w) standard normal.
         original_size, crops_coords_top_left, target_size: for SDXL alone, see options.Framing.
         guidance_interval: (low, high) in log(alpha / sigma), no guidance outside. sampler: a name in SOLVERS.
+        prompt_weighting: "a1111" or "comfy" reads "a (red:1.3) fox". strict: no warnings, but ValueErrors.
         callback_on_step_end: called with (pipeline, step, t, tensors) after each model call; tensors may be
         "latents" and "x0", the clean latents the model sees; it may return {"latents": ...} to go on from.
         Raises ValueError, with what is valid, for whatever cannot be.
@@ -252,11 +261,9 @@ class LatentDiffusionPipeline(Movable):
         options.check_choice("output_type", output_type, FORMATS)
         framing = options.Framing(original_size, crops_coords_top_left, target_size)
         tableau = self.tableau(num_inference_steps, sampler)
-        context, uncond, cut = self._contexts(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_images_per_prompt, clip_skip
-        )
-        if scale <= 1 and (negative_prompt or negative_prompt_embeds is not None):
-            log.warning("the negative prompt has no effect without guidance: guidance_scale=%s", scale)
+        given = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        told = self._heed(*given, prompt_weighting, scale, strict)
+        context, uncond = self._contexts(*given, num_images_per_prompt, clip_skip, prompt_weighting)
         shape, kind = self._latent_shape(height, width, latents), self.scheduler.prediction
         h, w = (side * self.vae.downsample_factor for side in shape[1:])
         context, uncond = (self.texts.framed(each, (h, w), framing) for each in (context, uncond))
@@ -267,7 +274,7 @@ class LatentDiffusionPipeline(Movable):
             denoise = classifier_free(predict, context, uncond, scale, kind, rescale, guidance_interval)
         xt = self._run(denoise, xt, tableau, noise, callback_on_step_end, callback_on_step_end_tensor_inputs)
         images = FORMATS[output_type](xt if output_type == "latent" else self.decode(xt))
-        return PipelineOutput(images, seeds, cut) if return_dict else (images, None)  # type: ignore[return-value]
+        return PipelineOutput(images, seeds, *told) if return_dict else (images, None)  # type: ignore[return-value]
 
     def each(
         self, requests: Iterable[Request], batch_size: int | None = None
@@ -296,7 +303,7 @@ class LatentDiffusionPipeline(Movable):
         xt: Tensor,
         tableau: Tableau,
         noise: Noise,
-        callback: Callback | None,
+        callback: inputs.Callback | None,
         names: Sequence[str],
     ) -> Tensor:
         """The last latents of a run. The callback hears of each step, with the tensors of these names."""
@@ -306,9 +313,7 @@ class LatentDiffusionPipeline(Movable):
         for step in self._bar(run, len(tableau.steps)):
             xt = step.xt
             if callback is not None:
-                given = {name: step.x0 if name == "x0" else xt for name in names}
-                answer = callback(self, step.index, int(tableau.steps.t[step.index]), given)
-                xt.copy_(inputs.check_answer(answer, xt))  # the trajectory goes on from this tensor
+                inputs.call_back(callback, self, step, tableau, names)
         return xt
 
     def _contexts(
@@ -319,9 +324,11 @@ class LatentDiffusionPipeline(Movable):
         negative_embeds: Tensor | Context | None,
         images: int,
         clip_skip: int | None,
-    ) -> tuple[Context, Context, list[str]]:
-        """context and uncond, with a row an image, and what was cut of each prompt."""
-        encode = functools.partial(self._encode, clip_skip=clip_skip)
+        weighting: str | None,
+    ) -> tuple[Context, Context]:
+        """context and uncond, with a row an image."""
+        whole = functools.partial(self._encode, weighting=weighting)
+        encode = functools.partial(whole, clip_skip=clip_skip)
         width = self.unet.config.cross_attention_dim
         if negative_prompt is None and negative_embeds is None:
             negative_prompt = [None]
@@ -332,15 +339,13 @@ class LatentDiffusionPipeline(Movable):
         context = inputs.context_of(prompts, embeds, encode, (None, None, width), "prompt")
         # whole also with clip_skip, as in diffusers
         uncond = inputs.context_of(
-            negatives, negative_embeds, self._encode, context.embeddings.shape, "negative_prompt"
+            negatives, negative_embeds, whole, context.embeddings.shape, "negative_prompt"
         )
-        cut = inputs.what_is_cut(prompts or [], self.texts.cut, "prompt")
-        inputs.what_is_cut(negatives or [], self.texts.cut, "negative prompt")
 
         def an_image_each(rows: Tensor) -> Tensor:
             return rows.to(self.device).repeat_interleave(images, dim=0)
 
-        return context.each(an_image_each), uncond.each(an_image_each), cut
+        return context.each(an_image_each), uncond.each(an_image_each)
 
     @property
     def default_size(self) -> tuple[int, int]:

@@ -39,6 +39,8 @@ class Recipe:
     height: int
     num_images: int = 1
     clip_skip: int = 0
+    prompt_weighting: str | None = None  # None: read literally
+    chunks: int | None = None  # of a prompt; None: as many as the model was trained with
     model: str  # as it was asked for
     model_hash: str  # see checkpoint.model_hash
     variant: str | None = None

@@ -34,6 +34,7 @@ class Request:
     width: int | None = None  # pixels
     height: int | None = None
     clip_skip: int | None = None
+    prompt_weighting: str | None = None
 
     def __post_init__(self) -> None:
         options.check_request({name: value for name, value in vars(self).items() if value is not None})
@@ -42,7 +43,8 @@ class Request:
     def alike(self) -> tuple[Any, ...]:
         """What requests of one batch have in common: all that one call of the pipeline takes but once."""
         guidance = (self.guidance_scale, self.guidance_rescale)
-        return self.height, self.width, self.steps, self.sampler, *guidance, self.clip_skip
+        text = (self.clip_skip, self.prompt_weighting)
+        return self.height, self.width, self.steps, self.sampler, *guidance, *text
 
 
 # Reading

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ldm import stock
 from ldm.checkpoint import Undrawn
@@ -17,6 +19,7 @@ from ldm.context import Context
 from ldm.devices import Present
 from ldm.options import Defaults, Framing
 from text_encoder.clip import CLIPTextEncoder, ProjectedTextEncoder
+from text_encoder.prompt import encode
 from text_encoder.tokenizer import Tokenizer
 
 
@@ -42,15 +45,24 @@ class OneText:
             self.encoder.drop_layers(count)
 
     def encode(
-        self, prompts: Sequence[str | None], clip_skip: int, device: torch.device, present: Present
+        self,
+        prompts: Sequence[str | None],
+        clip_skip: int,
+        weighting: str | None,
+        device: torch.device,
+        present: Present,
     ) -> Context:
         """What the UNet is told of each prompt, which is encoded alone; None is the empty prompt."""
         with Undrawn():
             encoder = self.encoder.drop_layers(clip_skip) if clip_skip else self.encoder
+
+        def states_of(tokens: Tensor) -> Tensor:
+            return encoder(tokens.to(device))
+
         with present(self.encoder):
             states = {
-                prompt: encoder(self.tokenizer([prompt]).to(device))
-                for prompt in {prompt or "" for prompt in prompts}
+                text: encode(states_of, self.tokenizer, text, weighting)
+                for text in {prompt or "" for prompt in prompts}
             }
         return Context(torch.cat([states[prompt or ""] for prompt in prompts]))
 
@@ -60,10 +72,6 @@ class OneText:
             if value is not None:
                 raise ValueError(f"{name}={value} is for SDXL: this model is told no sizes, leave it out")
         return told
-
-    def cut(self, prompt: str) -> str:
-        """The end of the prompt that does not fit, as written; "" if all of it does."""
-        return self.tokenizer.cut(prompt)
 
 
 @dataclass(frozen=True)
@@ -109,21 +117,30 @@ class TwoTexts:
             )
 
     def encode(
-        self, prompts: Sequence[str | None], clip_skip: int, device: torch.device, present: Present
+        self,
+        prompts: Sequence[str | None],
+        clip_skip: int,
+        weighting: str | None,
+        device: torch.device,
+        present: Present,
     ) -> Context:
         """What the UNet is told of each prompt but the sizes. Each is encoded alone; None: of no prompt."""
         self.check_clip_skip(clip_skip)
         texts = {prompt or "" for prompt in prompts}
-        sides: dict[str, list[torch.Tensor]] = {text: [] for text in texts}
-        pooled = {}
+        sides: dict[str, list[Tensor]] = {text: [] for text in texts}
+        pooled: dict[str, Tensor] = {}
+
+        def states_of(tokens: Tensor, *, text: str, encoder: CLIPTextEncoder) -> Tensor:
+            states = encoder.hidden_states(tokens.to(device))
+            if encoder is self.second and text not in pooled:  # which no weight changes
+                pooled[text] = self.second.project(states[-1], tokens.to(device))
+            return states[-2 - clip_skip]
+
         for tokenizer, encoder in self.readers.values():
             with present(encoder):
                 for text in texts:
-                    tokens = tokenizer([text]).to(device)
-                    states = encoder.hidden_states(tokens)
-                    sides[text].append(states[-2 - clip_skip])
-                    if encoder is self.second:
-                        pooled[text] = self.second.project(states[-1], tokens)
+                    read = partial(states_of, text=text, encoder=encoder)
+                    sides[text].append(encode(read, tokenizer, text, weighting))
         told: dict[str | None, Context] = {
             text: Context(torch.cat(sides[text], dim=-1), pooled[text]) for text in texts
         }
@@ -146,10 +163,6 @@ class TwoTexts:
         row = [float(number) for pair in sizes for number in pair or (0, 0)]
         rows = torch.tensor([row] * len(told), device=told.embeddings.device)
         return Context(told.embeddings, told.pooled, rows)
-
-    def cut(self, prompt: str) -> str:
-        """The end of the prompt that not both encoders read, as written; "" if they read all of it."""
-        return max(self.tokenizer.cut(prompt), self.tokenizer_2.cut(prompt), key=len)
 
 
 def texts_of(

@@ -116,6 +116,34 @@ def test_several_pictures_a_grid_and_the_steps(run, tmp_path):
     assert (tmp_path / "grid.png").read_bytes() == (folder / "fox.png").read_bytes()
 
 
+def test_where_a_picture_looked(run, tmp_path):
+    """The sheets of --show-... lie beside the pictures and change no bit of them."""
+    assert run(PROMPT, "--seed=5", "--output=alone.png")[0] == 0
+    options = ("--seed=5", "--num-images=2", "--show-steps", "--show-attention", "--output=fox.png")
+    assert run(PROMPT, *options)[1] == "fox.png\n"
+    shown = {path.name for path in tmp_path.iterdir()} - {"alone.png", "fox.png", "fox-1.png", "fox-2.png"}
+    assert shown == {"fox-steps.png", "fox-attention.png"}
+    assert (tmp_path / "fox-1.png").read_bytes() == (tmp_path / "alone.png").read_bytes()
+    assert Image.open(tmp_path / "fox-attention.png").size == (6 * 172 - 4, 2 * (112 + 23 + 4) - 4)
+    assert Image.open(tmp_path / "fox-steps.png").size == (24 * 2 + 4, 16 * 2 + 4)
+
+
+def test_a_prompt_with_weights_and_its_repetition(run, tmp_path):
+    text = "a (red:1.4) fox BREAK in [snow"
+    weights = ("--prompt-weighting=a1111", "--chunks=2", "--seed=5")
+    status, _, err = run(text, *weights, "--output=x.png")
+    assert (status, err) == (
+        0,
+        f"WARNING: 1 brackets are not closed: their weight holds to the end: {text}\n" * bool(err),
+    )
+    recipe = read_recipe(tmp_path / "x.png")
+    assert (recipe.prompt, recipe.prompt_weighting, recipe.chunks) == (text, "a1111", 2)
+    assert again("--from=x.png", "--output=y.png") == 0
+    assert (tmp_path / "x.png").read_bytes() == (tmp_path / "y.png").read_bytes()
+    assert run(text, "--seed=5", "--chunks=2", "--strict", "--output=z.png")[0] == 0  # literal
+    assert Image.open(tmp_path / "z.png").tobytes() != Image.open(tmp_path / "x.png").tobytes()
+
+
 def test_progress_and_metadata(run, tmp_path):
     status, _, err = run(PROMPT, "--no-metadata", "--progress=json", "--output=.")
     assert status == 0
@@ -208,6 +236,10 @@ def test_list_samplers(run):
         ([PROMPT, "--width=25"], "width=25 is not a multiple of 2: use 24 or 26"),
         ([PROMPT, "--num-images=1000000"], "num_images=1000000: expected 1 to 256"),
         ([PROMPT, "--clip-skip=-1"], "clip_skip=-1: expected"),
+        ([PROMPT, "--prompt-weighting=compel"], "'compel' is unknown: expected one of a1111, comfy"),
+        ([PROMPT, "--chunks=0"], "chunks=0: expected 1 to 64"),
+        (["fox " * 20, "--strict"], "the prompt is too long; this end of it has no effect: fox"),
+        (["(fox", "--strict", "--prompt-weighting=a1111"], "1 brackets are not closed"),
         ([PROMPT, "--sampler=eular"], "sampler='eular' is unknown: expected one of ddim"),
         ([PROMPT, "--device=tpu"], "device='tpu' is not here: this machine has cpu"),
         ([PROMPT, "--model=nothing"], "no such folder nothing"),

@@ -206,6 +206,9 @@ def test_ranks_deal_the_batches_out(run, tmp_path, monkeypatch):
         (["a fox"], "--prompts draws one picture a line: leave out a prompt"),
         (["--num-images=2"], "leave out --num-images"),
         (["--show-steps"], "leave out --show-steps"),
+        (["--show-attention"], "leave out --show-attention"),
+        (["--chunks=0"], "chunks=0: expected 1 to 64"),
+        (["--prompt-weighting=compel"], "prompt_weighting='compel' is unknown"),
         (["--from=x.png"], "leave out --from"),
         (["--output=fox.png"], "give --output FOLDER"),
         (["--output=x.jsonl"], "x.jsonl is not a folder"),
@@ -224,6 +227,17 @@ def test_what_cannot_be(run, tmp_path, arguments, message):
 
 
 @pytest.mark.slow
+def test_lines_have_weights_of_their_own(run, tmp_path):
+    lines = [{"prompt": "a (fox:1.4"}, {"prompt": "a (fox:1.4", "prompt_weighting": "comfy"}]
+    status, out, err = run("--strict", lines=lines)
+    assert (status, out) == (2, "")
+    assert "x.jsonl:2: 1 brackets are not closed" in err
+    assert not (tmp_path / "out").exists()
+    assert run(lines=lines)[0] == 0
+    literal, weighted = (read_recipe(tmp_path / "out" / name) for name in ("00001.png", "00002.png"))
+    assert (literal.prompt_weighting, weighted.prompt_weighting) == (None, "comfy")
+
+
 def test_a_full_disk_leaves_whole_pictures(run, tmp_path, monkeypatch):
     save, calls = Image.Image.save, []
 

@@ -101,13 +101,28 @@ class Tokenizer:
         """
         if isinstance(prompts, str):
             raise ValueError(f"prompts={prompts!r} is one string: pass a list of prompts")
-        tokens = torch.full((len(prompts), self.chunks, self.max_length), self.pad_id)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            ids, width = self._encode(prompt).ids[: self.room], self.max_length - 2
-            for place, chunk in enumerate(row):
-                part = [self.start_id, *ids[place * width : (place + 1) * width], self.end_id]
-                chunk[: len(part)] = torch.tensor(part)
-        return tokens if self.chunks > 1 else tokens[:, 0]
+        width = self.max_length - 2
+        found = torch.empty((len(prompts), self.chunks, self.max_length), dtype=torch.int64)
+        for row, prompt in zip(found, prompts, strict=True):
+            ids = self._encode(prompt).ids[: self.room]
+            row[:] = self.rows([ids[start : start + width] for start in range(0, len(ids), width)])
+        return found if self.chunks > 1 else found[:, 0]
+
+    def rows(self, chunks: Sequence[Sequence[int]]) -> Tensor:
+        """Tokens of one prompt by what fills its chunks, without start and end: (chunks, max_length) int64.
+
+        Chunks that are not given are of the empty prompt.
+        """
+        tokens = torch.full((self.chunks, self.max_length), self.pad_id)
+        tokens[:, 0], tokens[:, 1] = self.start_id, self.end_id
+        for row, ids in zip(tokens, chunks, strict=False):
+            row[1 : len(ids) + 2] = torch.tensor([*ids, self.end_id])
+        return tokens
+
+    def pieces(self, text: str) -> list[tuple[int, int]]:
+        """Every token of the text, however long, and at which of its characters it begins."""
+        found = self._encode(text)
+        return [(token, start) for token, (start, _) in zip(found.ids, found.offsets, strict=True)]
 
     def cut(self, prompt: str) -> str:
         """The end of the prompt that does not fit into the chunks, as written; "" if all of it does."""
