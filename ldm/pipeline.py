@@ -20,6 +20,7 @@ from ldm.checkpoint import Undrawn, has_variant, load_model, save_model
 from ldm.config import read_config, read_json, write_json
 from ldm.context import Context
 from ldm.devices import Movable, default_dtype
+from ldm.formats.single_file import SingleFiles
 from ldm.guidance import classifier_free, conditional
 from ldm.hub import find_folder
 from ldm.noise import Noise
@@ -65,7 +66,7 @@ FORMATS: dict[OutputType, Callable[[Tensor], Any]] = {
 }
 
 
-class LatentDiffusionPipeline(Movable):
+class LatentDiffusionPipeline(SingleFiles, Movable):
     """Text-to-image latent diffusion. A call changes nothing here, so threads may share a pipeline."""
 
     def __init__(
