@@ -88,7 +88,7 @@ WHAT: Table = {
 HOW: Table = {
     "model": {
         "metavar": "MODEL",
-        "help": "a Stable Diffusion 1 or 2 folder or hub id; else the bundled small model",
+        "help": "a Stable Diffusion 1 or 2 folder, .safetensors or hub id; else the bundled small model",
     },
     "variant": {"metavar": "NAME", "help": "weight files of that name, such as fp16"},
     "steps": {**WHOLE, "help": "1 to 1000: more is slower and, up to about 50, better"},

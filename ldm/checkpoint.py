@@ -97,11 +97,14 @@ def has_variant(folder: Path, variant: str) -> bool:
 def model_hash(folders: Iterable[Path], variant: str | None = None) -> str:
     """The first 10 hex digits of the SHA-256 of some models' weight files, or of their indices and shards.
 
+    One of folders may be a single file: the digits are then those that AUTOMATIC1111 shows.
+
     variant: for the models that have it.
     """
     digest = hashlib.sha256()
     for folder in folders:
-        path = weight_file(folder, variant if variant and has_variant(folder, variant) else None)
+        special = variant if variant and has_variant(folder, variant) else None
+        path = folder if folder.is_file() else weight_file(folder, special)
         shards = sorted(set(read_json(path)["weight_map"].values())) if path.suffix == ".json" else []
         for each in (path, *(folder / name for name in shards)):
             with each.open("rb") as file:

@@ -272,7 +272,7 @@ class SingleFiles:
         folder = None if config is None else Path(config)
         pieces = read_single(Path(path), config=folder, prediction=prediction, ema=ema)
         for note in (*pieces.notes, pieces.reports[0].sentence()):
-            log.info(note)
+            log.log(logging.WARNING if "measured" in note else logging.INFO, note)
         pieces.check_drawn()
         models = pieces.models(dtype or default_dtype(torch.device("cpu")))
         scheduler = Scheduler.from_config(pieces.kind.scheduler)

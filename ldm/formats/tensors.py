@@ -7,6 +7,7 @@ for both ways.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -51,7 +52,8 @@ class Place(NamedTuple):
     shape: Shape  # in the file
 
 
-def part_shapes(part: str, config: Any) -> dict[str, Shape]:
+@functools.lru_cache(maxsize=32)
+def part_shapes(part: str, config: Any) -> Mapping[str, Shape]:
     """The names and shapes of a part's weights. config: of the part's class."""
     return {
         name: tuple(value.shape) for name, value in empty_model(CLASSES[part], config).state_dict().items()

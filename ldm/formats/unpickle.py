@@ -7,7 +7,6 @@ new processes, writes one file, and takes a limited amount of memory. A pickle's
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -60,20 +59,29 @@ def unpickle(source: Path, target: Path) -> None:
         raise ValueError(f"{source} is refused: {last[:400]}")
 
 
-def confine(source: Path, target: Path) -> None:
-    """From now on this process reads, and writes the target alone. No way back."""
-    import ctypes
-    import resource
+def leave_network() -> None:
+    """This process gets a network of its own, with nothing in it, where the system allows that.
 
-    if sys.platform == "linux":  # a failure leaves the hook below
-        ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER | CLONE_NEWNET)
-    limit = 3 * source.stat().st_size + ROOM
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    Before any thread starts: afterwards the system refuses.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNET)
+
+
+def confine(source: Path) -> None:
+    """From now on this process writes nothing by Python's means, starts nothing, and has limited memory."""
+    if sys.platform == "linux":
+        import resource
+
+        limit = 3 * source.stat().st_size + ROOM
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         if event.startswith(FORBIDDEN):
             raise PermissionError(f"{event} is not allowed while a pickle is read")
-        if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+        if event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             raise PermissionError(f"nothing may be written while a pickle is read, not {arguments[0]!r}")
 
     sys.addaudithook(watch)
@@ -88,11 +96,11 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
     import torch
 
-    # a stand-in under another's name: nothing of that name is imported
-    torch.serialization.add_safe_globals([(Inert, name) for name in INERT])
+    mapped = zipfile.is_zipfile(path)
     try:
-        mapped = zipfile.is_zipfile(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        # stand-ins under others' names: nothing of those names is imported
+        with torch.serialization.safe_globals([(Inert, name) for name in INERT]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         words = " ".join(str(error).split())
         at = words.find("GLOBAL ")
@@ -116,12 +124,11 @@ def read_pickle(path: Path) -> dict[str, Any]:
 def main() -> int:
     """What the child process does."""
     source, target = map(Path, sys.argv[1:])
+    leave_network()
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save_file  # writes without Python's open
 
-    with target.open("wb"):  # the only file that it may write; safetensors writes it without Python's open
-        pass
-    confine(source, target)
+    confine(source)
     try:
         tensors, seen = {}, set()
         for name, value in read_pickle(source).items():
@@ -131,9 +138,8 @@ def main() -> int:
         dense = {name: value for name, value in tensors.items() if value.layout == torch.strided}
         save_file(dense, target, {"format": "pt"})
     except (ValueError, PermissionError, MemoryError) as error:
-        print(f"{error or 'it does not fit into memory'}", file=sys.stderr)  # noqa: T201
+        print(f"{error or 'it does not fit into memory'}", file=sys.stderr)  # noqa: T201  # for the parent
         return 1
-    print(json.dumps({"tensors": len(tensors)}))  # noqa: T201
     return 0
 
 
