@@ -133,10 +133,12 @@ def main() -> int:
         tensors, seen = {}, set()
         for name, value in read_pickle(source).items():
             place = value.untyped_storage().data_ptr()
-            tensors[name] = value.clone() if place in seen else value.contiguous()
+            shared = place in seen
+            tensors[name] = (
+                value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous()
+            )
             seen.add(place)
-        dense = {name: value for name, value in tensors.items() if value.layout == torch.strided}
-        save_file(dense, target, {"format": "pt"})
+        save_file(tensors, target, {"format": "pt"})
     except (ValueError, PermissionError, MemoryError) as error:
         print(f"{error or 'it does not fit into memory'}", file=sys.stderr)  # noqa: T201  # for the parent
         return 1
