@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
             wrong = message.split()[2]
             near = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
             message = f"unknown option {wrong}" + (f"; did you mean {near[0]}?" if near else "")
-        self.exit(2, f"error: {message} (see python -m ldm.generate --help)\n")
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -88,7 +88,7 @@ WHAT: Table = {
 HOW: Table = {
     "model": {
         "metavar": "MODEL",
-        "help": "a Stable Diffusion 1 or 2 folder or hub id; else the bundled small model",
+        "help": "a Stable Diffusion 1 or 2 folder, .safetensors or hub id; else the bundled small model",
     },
     "variant": {"metavar": "NAME", "help": "weight files of that name, such as fp16"},
     "steps": {**WHOLE, "help": "1 to 1000: more is slower and, up to about 50, better"},

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.config import read_config, read_json, replacing, write_json
+from ldm.formats.report import Report
 
 __all__ = ["load_model", "read_config", "read_json", "read_tensors", "replacing", "save_model", "write_json"]
 
@@ -96,11 +97,14 @@ def has_variant(folder: Path, variant: str) -> bool:
 def model_hash(folders: Iterable[Path], variant: str | None = None) -> str:
     """The first 10 hex digits of the SHA-256 of some models' weight files, or of their indices and shards.
 
+    One of folders may be a single file: the digits are then those that AUTOMATIC1111 shows.
+
     variant: for the models that have it.
     """
     digest = hashlib.sha256()
     for folder in folders:
-        path = weight_file(folder, variant if variant and has_variant(folder, variant) else None)
+        special = variant if variant and has_variant(folder, variant) else None
+        path = folder if folder.is_file() else weight_file(folder, special)
         shards = sorted(set(read_json(path)["weight_map"].values())) if path.suffix == ".json" else []
         for each in (path, *(folder / name for name in shards)):
             with each.open("rb") as file:
@@ -178,12 +182,26 @@ def load_model(
     config: Any = read_config(model_class.config_class, values, folder / "config.json")
     path = weight_file(folder, variant)
     tensors = model_class.rename_keys(read_tensors(path))
+    return fill_model(cls, config, tensors, path, dtype)
+
+
+def fill_model(
+    cls: type[ModuleT],
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    source: Path | str,
+    dtype: torch.dtype | None = None,
+) -> ModuleT:
+    """The model of this configuration with copies of these tensors, in evaluation mode; None is float32.
+
+    Raises ValueError, naming the source and the first keys, unless they fit the class exactly.
+    """
     for name, value in tensors.items():
         if not value.is_floating_point():
-            raise ValueError(f"{path}: {name} is stored as {value.dtype}, not one of {', '.join(DTYPES)}")
+            raise ValueError(f"{source}: {name} is stored as {value.dtype}, not one of {', '.join(DTYPES)}")
     model = empty_model(cls, config)
     check_tensors(
-        {name: tuple(value.shape) for name, value in model.state_dict().items()}, tensors, path, cls
+        {name: tuple(value.shape) for name, value in model.state_dict().items()}, tensors, source, cls
     )
     # Copied out of the mapping: aligned memory, and a file that is replaced later does no harm.
     state = {name: value.to(dtype or torch.float32, copy=True) for name, value in tensors.items()}
@@ -198,14 +216,7 @@ def check_tensors(
 ) -> None:
     """Raises ValueError with the first differences unless the tensors have exactly these names and shapes."""
     have = {name: tuple(value.shape) for name, value in tensors.items()}
-    differ = sorted(name for name in want.keys() | have.keys() if want.get(name) != have.get(name))
-    if differ:
-        lines = [f"  {name}: file {have.get(name, '-')}, model {want.get(name, '-')}" for name in differ[:3]]
-        raise ValueError(
-            f"{path} does not fit {cls.__name__}: {len(differ)} of {len(want)} tensors differ, the first\n"
-            + "\n".join(lines)
-            + "\nIs the config.json beside it the right one?"
-        )
+    Report.compare(want, have, path, cls.__name__).check("Is the config.json beside it the right one?")
 
 
 def save_model(

@@ -36,10 +36,10 @@ def find_folder(name: str | os.PathLike[str], variant: str | None = None, *, fet
         return path
     if path.is_file():
         if path.suffix == ".safetensors":
-            convert = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-            raise ValueError(f"{path} is a single file: make it a folder with diffusers' {convert}")
+            raise ValueError(f"{path} is a single file: load it by LatentDiffusionPipeline.from_single_file")
         raise ValueError(
-            f"{path} is a file: expected a folder with model_index.json. Pickles are never opened"
+            f"{path} is a file: expected a folder with model_index.json. Pickles are never opened here: "
+            "python -m ldm.convert --allow-pickle makes safetensors of them"
         )
     text = os.fspath(name)
     if not HUB_ID.fullmatch(text) or ".." in text:

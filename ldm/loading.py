@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,13 +47,22 @@ def load(
     model, variant = settled.get("model") or BUNDLED, settled.get("variant")
     if model == BUNDLED and not pipeline.BUNDLED.is_dir():
         raise ValueError("this installation carries no bundled model: name a folder or a hub id with --model")
-    folder = pipeline.BUNDLED if model == BUNDLED else find_folder(model, variant, fetch=fetch)
+    single = Path(os.path.expanduser(model))
+    if single.suffix == ".safetensors" and single.is_file():
+        if variant:
+            raise ValueError(f"variant={variant!r} is of folders: {single} is a single file, leave it out")
+        hashed = [single]
+        read = partial(pipeline.LatentDiffusionPipeline.from_single_file, single)
+    else:
+        folder = pipeline.BUNDLED if model == BUNDLED else find_folder(model, variant, fetch=fetch)
+        hashed = [folder / name for name in stock.read_index(folder)[0].models]
+        read = partial(pipeline.LatentDiffusionPipeline.from_pretrained, folder, variant=variant)
     with ThreadPoolExecutor(1) as beside:  # hashing lets go of the interpreter
-        models = [folder / name for name in stock.read_index(folder)[0].models]
-        digest: Future[str] = beside.submit(model_hash, models, variant)
-        pipe = pipeline.LatentDiffusionPipeline.from_pretrained(folder, dtype=kind, variant=variant)
+        digest: Future[str] = beside.submit(model_hash, hashed, variant)
+        pipe = read(dtype=kind)
         pipe.to(device)
-        pipe.tokenizer.chunks = settled.get("chunks") or pipe.tokenizer.chunks
+        for tokenizer in pipe.tokenizers:
+            tokenizer.chunks = settled.get("chunks") or tokenizer.chunks
         asked = settled.get("optimize")
         if pays(pipe) if asked is None else asked:
             pipe.optimize()

@@ -17,6 +17,7 @@ from autoencoder.vae import AutoencoderKL
 from ldm import inputs, options, stock
 from ldm.context import Context
 from ldm.devices import default_dtype
+from ldm.formats.single_file import SingleFiles
 from ldm.guidance import classifier_free, conditional
 from ldm.hub import find_folder
 from ldm.noise import Noise
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "bundled"
 
 
-class LatentDiffusionPipeline(Prompting):
+class LatentDiffusionPipeline(SingleFiles, Prompting):
     """Text-to-image latent diffusion. A call changes nothing here, so threads may share a pipeline."""
 
     def __init__(

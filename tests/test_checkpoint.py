@@ -120,7 +120,7 @@ def test_shards_lie_beside_their_index(folder):
     [
         (
             {"conv_in__bias": None},
-            r"1 of \d+ tensors differ, the first\n  conv_in.bias: file -, model \(32,\)",
+            r"1 of \d+ tensors differ, 1 missing, the first\n  conv_in.bias: file -, model \(32,\)",
         ),
         ({"extra": torch.zeros(2)}, r"extra: file \(2,\), model -"),
         ({"conv_in__bias": torch.zeros(31)}, r"conv_in.bias: file \(31,\), model \(32,\)"),
