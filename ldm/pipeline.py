@@ -16,6 +16,7 @@ from torch import Tensor
 
 from autoencoder.vae import AutoencoderKL
 from ldm import inputs, options, stock
+from ldm.adapters.adaptable import Adaptable
 from ldm.checkpoint import Undrawn, has_variant, load_model, save_model
 from ldm.config import read_config, read_json, write_json
 from ldm.context import Context
@@ -65,7 +66,7 @@ FORMATS: dict[OutputType, Callable[[Tensor], Any]] = {
 }
 
 
-class LatentDiffusionPipeline(Movable):
+class LatentDiffusionPipeline(Movable, Adaptable):
     """Text-to-image latent diffusion. A call changes nothing here, so threads may share a pipeline."""
 
     def __init__(

@@ -46,8 +46,6 @@ ABSENT = {
     "enable_attention_slicing": "attention here never holds its whole matrix: leave it out",
     "enable_vae_tiling": "images are decoded whole, one at a time; to_diffusers().vae has tiling",
     "enable_freeu": "FreeU is not there; to_diffusers() has it",
-    "load_lora_weights": "LoRA is not there yet; to_diffusers() has it, and shares its weights with this",
-    "load_textual_inversion": "textual inversion is not there yet; to_diffusers() has it",
     "load_ip_adapter": "image prompts are not there; to_diffusers() has them",
 }
 
