@@ -146,6 +146,8 @@ class LatentDiffusionPipeline(Movable, Adaptable):
     def save_pretrained(self, folder: str | Path, variant: str | None = None) -> None:
         """Writes a folder that from_pretrained here and in diffusers reads; model_index.json comes last."""
         folder = Path(folder)
+        if self._applied.state.shares():
+            log.warning("the weights are saved with the adapters that are in them")
         if self._dtype_by_device and self.dtype != torch.float32:
             log.warning("the weights are saved as %s, as they were loaded here by default", self.dtype)
         for name in stock.MODELS:

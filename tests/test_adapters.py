@@ -156,7 +156,8 @@ def test_dora_gives_every_output_or_input_its_norm():
     weight, delta = torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2)
     for shape, others in (((5, 1, 1, 1), (1, 2, 3)), ((1, 3, 1, 1), (0, 2, 3))):
         magnitude = 1 + torch.rand(shape)
-        norms = (weight + deltas.dora(weight, delta, magnitude)).norm(dim=others, keepdim=True)
+        changed = weight + deltas.dora(weight, delta, magnitude)
+        norms = torch.linalg.vector_norm(changed, dim=others, keepdim=True)
         torch.testing.assert_close(norms, magnitude)
 
 
@@ -258,6 +259,7 @@ def theirs(stock) -> Tensor:
     return stock(PROMPT, generator=torch.Generator().manual_seed(3), **ODD).images
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_stock_diffusers(pipe, stock, stock_files):
     plain = picture(pipe)
     for name, file in zip("ab", stock_files):
@@ -276,12 +278,12 @@ def test_pictures_are_those_of_stock_diffusers(pipe, stock, stock_files):
     assert torch.equal(picture(pipe), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", ["diffusers", "kohya"])
 def test_stock_diffusers_reads_what_we_write(pipe, stock, tmp_path, spelling):
     """In kohya's with one alpha for all: diffusers 0.42 drops those that differ by layer, with a warning."""
-    chosen = [
-        name for name in pipe._applied.layers if name.endswith((".to_q", ".to_out.0", ".q_proj", ".fc2"))
-    ]
+    kinds = (".to_q", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc2")
+    chosen = [name for name in pipe._applied.layers if name.endswith(kinds)]
     layers = {path: lora(pipe, path, 2 + i % 3, 3 / (2 + i % 3)) for i, path in enumerate(chosen)}
     pipe._applied.add("ours", example(pipe, *chosen) if spelling == "diffusers" else Adapter(layers))
     path = pipe.save_lora_weights(tmp_path, spelling=spelling)
@@ -392,6 +394,22 @@ def test_a_compiled_model_is_not_compiled_anew(pipe):
         pipe.unload_lora_weights()
         assert torch.equal(block(x), plain)
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_native_kernels_see_the_weights_of_today(pipe):
+    """Whatever they keep of a weight is not older than the adapter in it."""
+    adapter, other = example(pipe), tiny_pipeline()
+    try:
+        pipe.optimize()
+    except ValueError as error:
+        pytest.skip(str(error))
+    plain = picture(pipe)
+    for each in (pipe, other):
+        each._applied.add("a", adapter)
+    torch.testing.assert_close(picture(pipe), picture(other), atol=2e-3, rtol=0)
+    pipe.unload_lora_weights()
+    assert torch.equal(picture(pipe), plain)
 
 
 # What cannot be

@@ -295,7 +295,7 @@ def _spread(added: Mapping[int, AddedToken]) -> dict[int, list[int]]:
     ids = {token.content: i for i, token in added.items() if not token.special}
     found = {}
     for name, i in ids.items():
-        rest = []
+        rest: list[int] = []
         while (following := ids.get(f"{name}_{len(rest) + 1}")) is not None:
             rest.append(following)
         if rest:

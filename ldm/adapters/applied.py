@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,11 @@ def adaptable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return {name: each for name, each in model.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)}
 
 
+def parameter_of(layer: nn.Module) -> nn.Parameter:
+    assert isinstance(layer.weight, nn.Parameter)
+    return layer.weight
+
+
 def follow(original: nn.Parameter, live: Tensor) -> nn.Parameter:
     """The original, where the parameter that took its place has moved meanwhile, and of its type."""
     original.data = original.data.to(live.device, live.dtype)
@@ -60,7 +66,7 @@ class Applied:
     """The adapters of some models, by part. Not for two threads, nor while one of the models computes."""
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
-        self.layers: dict[str, nn.Linear | nn.Conv2d] = {
+        self.layers = {
             f"{part}.{name}": layer
             for part, model in models.items()
             for name, layer in adaptable(model).items()
@@ -95,7 +101,7 @@ class Applied:
             weight, _ = self._placed.pop(path)
             self.layers[path].weight = follow(self._originals.pop(path), weight)
         for path, parameter in made.items():
-            self._originals.setdefault(path, self.layers[path].weight)
+            self._originals.setdefault(path, parameter_of(self.layers[path]))
             self._placed[path] = parameter, wanted[path]
             self.layers[path].weight = parameter
         self.state = state
@@ -178,11 +184,11 @@ class Applied:
 
     def delete(self, adapter_names: Sequence[str]) -> None:
         gone = set(adapter_names)
-        kept = [
-            {name: value for name, value in table.items() if name not in gone}
-            for table in (self.state.adapters, self.state.active, self.state.fused)
-        ]
-        self.become(State(*kept, enabled=self.state.enabled))  # type: ignore[arg-type]
+        kept: dict[str, Any] = {
+            which: {name: value for name, value in getattr(self.state, which).items() if name not in gone}
+            for which in ("adapters", "active", "fused")
+        }
+        self.become(replace(self.state, **kept))
 
     def fuse(self, adapter_names: Sequence[str], parts: Sequence[str], scale: float) -> None:
         """Keeps these in the weights of these parts at scale times their weights, whatever is active."""

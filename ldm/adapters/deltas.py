@@ -76,7 +76,7 @@ def dora(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
     """
     changed = weight + delta
     others = [axis for axis in range(changed.ndim) if magnitude.shape[axis] == 1]
-    return magnitude * changed / changed.norm(dim=others, keepdim=True) - weight
+    return magnitude * changed / torch.linalg.vector_norm(changed, dim=others, keepdim=True) - weight
 
 
 KINDS: dict[str, Callable[..., Tensor]] = {"lora": lora, "loha": loha, "lokr": lokr}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -64,12 +63,6 @@ def find_file(path: str | Path, weight_name: str | None = None, usual: tuple[str
             f"no such file {path}: an adapter is a .safetensors here (get it from a hub beforehand)"
         )
     return path
-
-
-def file_hash(path: Path) -> str:
-    """The first 10 hex digits of a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
 
 
 def read_adapter(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.adapters.applied import follow
+from ldm.adapters.applied import follow, parameter_of
 from ldm.adapters.files import find_file
 from ldm.checkpoint import read_tensors
 from text_encoder.clip import CLIPTextEncoder
@@ -63,7 +63,7 @@ class Words:
     def __init__(self, encoder: CLIPTextEncoder, tokenizer: Tokenizer) -> None:
         self.encoder, self.original = encoder, tokenizer
         self.words: dict[str, Tensor] = {}
-        self._table, self._config = encoder.embeddings.token_embedding.weight, encoder.config
+        self._table, self._config = parameter_of(encoder.embeddings.token_embedding), encoder.config
         self._placed = self._table
 
     def become(self, words: Mapping[str, Tensor], tokenizer: Tokenizer) -> Tokenizer:
@@ -74,12 +74,12 @@ class Words:
         """
         layer = self.encoder.embeddings.token_embedding
         if not self.words:  # whatever was loaded or moved since
-            self.original, self._table, self._config = tokenizer, layer.weight, self.encoder.config
+            self.original, self._table, self._config = tokenizer, parameter_of(layer), self.encoder.config
         elif layer.weight is not self._placed:
             raise ValueError(
                 "the text encoder's vectors were replaced after words were loaded: load the model anew"
             )
-        live = layer.weight
+        live = parameter_of(layer)
         if not words:
             self._place(follow(self._table, live) if self.words else live, {})
             self.encoder.config = self._config
