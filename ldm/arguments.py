@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ldm import options
+from ldm.adapters.noted import find_noted
 from ldm.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,15 @@ def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
+def path_and_weight(text: str) -> tuple[str, float]:
+    """PATH or PATH:WEIGHT; what follows a colon and is no number is of the path."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 WHOLE, REAL = {"type": _number(int), "metavar": "N"}, {"type": _number(float), "metavar": "X"}
 PIXELS = {"type": _number(int), "metavar": "PIXELS"}
 SWITCH = {"action": "store_true"}
@@ -89,6 +99,20 @@ HOW: Table = {
     "model": {
         "metavar": "MODEL",
         "help": "a Stable Diffusion 1 or 2 folder, .safetensors or hub id; else the bundled small model",
+    },
+    "lora": {
+        "action": "append",
+        "dest": "loras",
+        "type": path_and_weight,
+        "metavar": "PATH[:WEIGHT]",
+        "help": "an adapter (.safetensors: LoRA, LoCon, LoHa, LoKr, DoRA), by 1 if no weight is given; "
+        "several times for several",
+    },
+    "embedding": {
+        "action": "append",
+        "dest": "embeddings",
+        "metavar": "PATH",
+        "help": "a word learned by textual inversion (.safetensors), to be written in the prompt",
     },
     "variant": {"metavar": "NAME", "help": "weight files of that name, such as fp16"},
     "steps": {**WHOLE, "help": "1 to 1000: more is slower and, up to about 50, better"},
@@ -176,6 +200,7 @@ def settle(args: argparse.Namespace) -> tuple[dict[str, Any], Recipe | None]:
         found = read_recipe(Path(args.source))
         if isinstance(found, Recipe):
             recipe, settled = found, dataclasses.asdict(found)
+            settled |= find_noted(found, Path(args.source), args)
             if args.model is not None:
                 del settled["variant"]  # of the model that the picture was made by
         else:

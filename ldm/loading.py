@@ -13,6 +13,9 @@ import torch
 
 import ldm
 from ldm import options, pipeline, stock
+from ldm.adapters.files import find_file
+from ldm.adapters.noted import file_hash
+from ldm.adapters.words import USUAL as EMBEDDINGS
 from ldm.arguments import DTYPES
 from ldm.checkpoint import model_hash
 from ldm.hub import find_folder
@@ -31,6 +34,25 @@ def find_device(name: str | None, usual: str | None = None) -> torch.device:
     if name is None and usual in here:
         name = usual
     return check_device(name or here[0])
+
+
+def wear(pipe: pipeline.LatentDiffusionPipeline, settled: Mapping[str, Any]) -> dict[str, Any]:
+    """Loads the adapters and learned words that are asked for; Recipe's fields of them.
+
+    Raises ValueError for those that are not there or are for another model.
+    """
+    loras: list[tuple[str, float, str]] = []
+    words: list[tuple[str, str]] = []
+    for path, weight, *_ in settled.get("loras") or ():
+        file = find_file(path)
+        pipe.load_lora_weights(file, f"lora_{len(loras)}")
+        loras.append((str(file), weight, file_hash(file)))
+    pipe.set_adapters([f"lora_{index}" for index in range(len(loras))], [weight for _, weight, _ in loras])
+    for path in settled.get("embeddings") or ():
+        file = find_file(path if isinstance(path, str) else path[0], usual=EMBEDDINGS)
+        pipe.load_textual_inversion(file)
+        words.append((str(file), file_hash(file)))
+    return {"loras": tuple(loras), "embeddings": tuple(words)}
 
 
 def load(
@@ -63,6 +85,7 @@ def load(
         pipe.to(device)
         for tokenizer in pipe.tokenizers:
             tokenizer.chunks = settled.get("chunks") or tokenizer.chunks
+        noted = wear(pipe, settled)
         asked = settled.get("optimize")
         if pays(pipe) if asked is None else asked:
             pipe.optimize()
@@ -74,6 +97,7 @@ def load(
         "dtype": str(kind).removeprefix("torch."),
         "device": device.type,
         "optimize": pipe.optimized,
+        **noted,
         "version": ldm.__version__,
         "torch": str(torch.__version__),
     }

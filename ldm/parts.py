@@ -58,4 +58,6 @@ def write_parts(pipe: LatentDiffusionPipeline, folder: Path, variant: str | None
     (folder / DEFAULTS).unlink(missing_ok=True)  # another model's
     if pipe.defaults != pipe.texts.defaults:
         write_json(folder / DEFAULTS, dataclasses.asdict(pipe.defaults))
-    write_json(folder / "model_index.json", stock.model_index(pipe))
+    settings = {name: getattr(pipe, name) for name in layout.settings}
+    index = stock.model_index(layout, stock.scheduler_class(pipe.scheduler.config), settings)
+    write_json(folder / "model_index.json", index)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from autoencoder.vae import AutoencoderKL
 from ldm import inputs, options, stock
+from ldm.adapters.adaptable import Adaptable
 from ldm.context import Context
 from ldm.devices import default_dtype
 from ldm.formats.single_file import SingleFiles
@@ -43,7 +44,7 @@ log = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "bundled"
 
 
-class LatentDiffusionPipeline(SingleFiles, Prompting):
+class LatentDiffusionPipeline(SingleFiles, Prompting, Adaptable):
     """Text-to-image latent diffusion. A call changes nothing here, so threads may share a pipeline."""
 
     def __init__(
@@ -116,6 +117,8 @@ class LatentDiffusionPipeline(SingleFiles, Prompting):
 
     def save_pretrained(self, folder: str | Path, variant: str | None = None) -> None:
         """Writes a folder that from_pretrained here and in diffusers reads; model_index.json comes last."""
+        if self._applied.state.shares():
+            log.warning("the weights are saved with the adapters that are in them")
         if self._dtype_by_device and self.dtype != torch.float32:
             log.warning("the weights are saved as %s, as they were loaded here by default", self.dtype)
         write_parts(self, Path(folder), variant)

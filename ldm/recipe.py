@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,10 @@ class Recipe:
     model_hash: str  # see checkpoint.model_hash
     variant: str | None = None
     dtype: str = "float32"
+    loras: tuple[
+        tuple[str, float, str], ...
+    ] = ()  # of each its file, weight and hash: see ldm.adapters.noted
+    embeddings: tuple[tuple[str, str], ...] = ()  # of each its file and hash
     optimize: bool = False  # see LatentDiffusionPipeline.optimize
     device: str = "cpu"
     version: str = ""  # of this package
@@ -62,11 +67,19 @@ class Recipe:
             "Model": Path(self.model).name,
             **({"Clip skip": self.clip_skip + 1} if self.clip_skip else {}),  # there, 1 is the last layer
             **({"CFG Rescale phi": f"{self.guidance_rescale:g}"} if self.guidance_rescale else {}),
+            **_hashes("Lora hashes", [(file, digest) for file, _, digest in self.loras]),
+            **_hashes("TI hashes", self.embeddings),
             "Version": f"ldm {self.version}",
         }
         line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in pairs.items())
         negative = f"Negative prompt: {self.negative_prompt}\n" if self.negative_prompt else ""
         return f"{self.prompt}\n{negative}{line}"
+
+
+def _hashes(key: str, files: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The pair that names files with their hashes; none where there are no files."""
+    text = ", ".join(f"{Path(file).stem}: {digest}" for file, digest in files)
+    return {key: text} if text else {}
 
 
 def _quoted(value: str) -> str:

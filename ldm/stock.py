@@ -49,9 +49,7 @@ class Layout(NamedTuple):
 
     stock_class: str
     parts: Mapping[str, tuple[str, tuple[str, ...] | None]]
-    settings: tuple[
-        str, ...
-    ]  # arguments of our pipeline that are no parts: true or false in model_index.json
+    settings: tuple[str, ...]  # arguments of our pipeline that are no parts, true or false
     unused: Mapping[str, Any]  # what else diffusers' class takes, and we have not
 
     @property
@@ -90,6 +88,7 @@ SDXL = Layout(
     ("force_zeros_for_empty_prompt",),
     {"add_watermarker": False, "feature_extractor": None, "image_encoder": None},
 )
+EMPTY: Mapping[str, bool] = {}
 LAYOUTS = {SD.stock_class: SD, SDXL.stock_class: SDXL, "LatentDiffusionPipeline": SD}
 MODELS = SD.models
 
@@ -98,19 +97,16 @@ ABSENT = {
     "enable_attention_slicing": "attention here never holds its whole matrix: leave it out",
     "enable_vae_tiling": "images are decoded whole, one at a time; to_diffusers().vae has tiling",
     "enable_freeu": "FreeU is not there; to_diffusers() has it",
-    "load_lora_weights": "LoRA is not there yet; to_diffusers() has it, and shares its weights with this",
-    "load_textual_inversion": "textual inversion is not there yet; to_diffusers() has it",
     "load_ip_adapter": "image prompts are not there; to_diffusers() has them",
 }
 
 
-def model_index(pipe: LatentDiffusionPipeline) -> dict[str, Any]:
-    """The model_index.json of a folder that we write."""
-    layout, scheduler = pipe.texts.layout, scheduler_class(pipe.scheduler.config)
+def model_index(layout: Layout, scheduler: str, settings: Mapping[str, bool] = EMPTY) -> dict[str, Any]:
+    """The model_index.json of a folder that we write. scheduler: its class. settings: as of the layout."""
     return {
         "_class_name": layout.stock_class,
         "_diffusers_version": DIFFUSERS_VERSION,
-        **{name: getattr(pipe, name) for name in layout.settings},
+        **settings,
         **{name: [None, None] if value is None else value for name, value in layout.unused.items()},
         **{name: [library, (names or (scheduler,))[0]] for name, (library, names) in layout.parts.items()},
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 import torch
@@ -25,6 +25,13 @@ VERSION = "#version: 0.2"  # first line of merges.txt; nobody reads it, everybod
 PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # The 256 bytes as printable characters, in the order of their code points: CLIP's ids 0 to 255.
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+class Encoding(NamedTuple):
+    """A prompt in tokens, and of each its first and last character, past it."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -65,6 +72,7 @@ class Tokenizer:
         self._backend.add_tokens([AddedToken(name, special=True) for name in dict.fromkeys(unnamed)])
         self._size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         self.start_id, self.end_id, self.pad_id = (self.token_id(name) for name in (start, end, pad))
+        self._spread = _spread(self._backend.get_added_tokens_decoder())
 
     def __len__(self) -> int:
         """One more than the highest id: vocab_size of the text encoder that reads them."""
@@ -131,15 +139,45 @@ class Tokenizer:
 
     def lengths(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt as a whole, without start and end."""
+        if self._spread:
+            return [len(self._encode(prompt).ids) for prompt in prompts]
         return [
             len(each) for each in self._backend.encode_batch_fast(list(prompts), add_special_tokens=False)
         ]
 
-    def _encode(self, prompt: str) -> tokenizers.Encoding:
+    def with_tokens(self, names: Sequence[str]) -> Tokenizer:
+        """This tokenizer with more tokens, at new ids after the last, which it finds in prompts as they are.
+
+        Raises ValueError for a name that is empty or a token already.
+        """
+        for name in names:
+            if not name.strip() or self._backend.token_to_id(name) is not None or names.count(name) > 1:
+                raise ValueError(f"a new token {name!r}: expected a name that no token has yet")
+        old = [token for _, token in sorted(self._backend.get_added_tokens_decoder().items())]
+        return Tokenizer(
+            self.vocab,
+            self.merges,
+            start=self.special["bos_token"],
+            end=self.special["eos_token"],
+            pad=self.special["pad_token"],
+            added=[*old, *(AddedToken(name) for name in names)],
+            max_length=self.max_length,
+            chunks=self.chunks,
+        )
+
+    def _encode(self, prompt: str) -> Encoding:
         try:
-            return self._backend.encode(prompt, add_special_tokens=False)
+            found = self._backend.encode(prompt, add_special_tokens=False)
         except TypeError as error:  # no string, or half a surrogate pair in it: bytes that were not UTF-8
             raise ValueError(f"prompt {prompt!a} is not a string of valid Unicode") from error
+        if not self._spread:
+            return Encoding(found.ids, found.offsets)
+        both = [
+            (each, place)
+            for token, place in zip(found.ids, found.offsets, strict=True)
+            for each in (token, *self._spread.get(token, ()))
+        ]
+        return Encoding([token for token, _ in both], [place for _, place in both])
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, max_length: int = MAX_LENGTH) -> Tokenizer:
@@ -262,6 +300,22 @@ def _byte_pairs(
         ]
     )
     return backend
+
+
+def _spread(added: Mapping[int, AddedToken]) -> dict[int, list[int]]:
+    """Of each token that learned words of several vectors begin with, the ids of name_1, name_2, and so on.
+
+    So named by diffusers, whose pipelines write them all where a prompt has the first.
+    """
+    ids = {token.content: i for i, token in added.items() if not token.special}
+    found = {}
+    for name, i in ids.items():
+        rest: list[int] = []
+        while (following := ids.get(f"{name}_{len(rest) + 1}")) is not None:
+            rest.append(following)
+        if rest:
+            found[i] = rest
+    return found
 
 
 def _pair(merge: str | Sequence[str]) -> tuple[str, str]:

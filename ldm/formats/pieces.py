@@ -22,16 +22,16 @@ from ldm.config import read_config, read_json
 from ldm.formats.kinds import INPAINT, TO_IMAGE, UPSCALE, Kind
 from ldm.formats.report import Report
 from ldm.formats.tensors import CLASSES, part_shapes
+from ldm.parts import DEFAULTS
 from text_encoder.tokenizer import Tokenizer
 
+DRAWN = (TO_IMAGE, "LatentDiffusionPipeline")  # what model_index.json calls what our pipeline draws with
 TITLES = {
-    TO_IMAGE: "a model from text to image",
-    "LatentDiffusionPipeline": "a model from text to image",
+    **dict.fromkeys(DRAWN, "a model from text to image"),
     INPAINT: "a model for inpainting",
     UPSCALE: "an upscaler by 4",
 }
 NOT_DRAWN = "can be converted, but no pipeline here draws with it: diffusers' {} does"
-DEFAULTS = "generation.json"  # as in ldm/pipeline.py
 Tick = Callable[[], object]  # called after each tensor, for a progress bar
 MAX_NOISE_LEVEL = 350  # of the x4 upscaler: the noisiest small picture it was trained on
 
@@ -45,9 +45,7 @@ class Pieces:
     tensors: Mapping[str, Mapping[str, Tensor]]
     reports: list[Report]
     notes: list[str] = field(default_factory=list)  # what was recognised, chosen and left out
-    defaults: options.Defaults = field(
-        default_factory=options.Defaults
-    )  # what suits the model, in generation.json
+    defaults: options.Defaults = field(default_factory=options.Defaults)  # what suits the model
 
     def models(self, dtype: torch.dtype | None) -> dict[str, Any]:
         """Our modules with copies of the tensors; None is float32."""
@@ -75,7 +73,7 @@ class Pieces:
 
     def check_drawn(self) -> None:
         """Raises ValueError unless our pipeline can draw with these."""
-        if self.kind.pipeline not in stock.PIPELINES:
+        if self.kind.pipeline not in DRAWN:
             raise ValueError(
                 f"{self.reports[0].source} is {TITLES[self.kind.pipeline]} ({self.kind.title}): it "
                 + NOT_DRAWN.format(self.kind.pipeline)
@@ -100,7 +98,7 @@ def read_kind(folder: Path) -> Kind:
     low = folder / "low_res_scheduler/scheduler_config.json"
     return Kind(
         title=TITLES[name],
-        pipeline=TO_IMAGE if name in stock.PIPELINES else name,
+        pipeline=TO_IMAGE if name in DRAWN else name,
         scheduler=read_json(folder / "scheduler/scheduler_config.json"),
         low_res_scheduler=read_json(low) if name == UPSCALE else None,
         **configs,
@@ -141,7 +139,9 @@ def read_folder(folder: Path, variant: str | None = None) -> Pieces:
 
 def model_index(kind: Kind) -> dict[str, Any]:
     """The model_index.json of a folder of this kind, as diffusers reads it."""
-    index = stock.model_index(stock.scheduler_class(kind.scheduler)) | {"_class_name": kind.pipeline}
+    index = stock.model_index(stock.SD, stock.scheduler_class(kind.scheduler)) | {
+        "_class_name": kind.pipeline
+    }
     if kind.low_res_scheduler is None:
         return index
     for name in ("image_encoder", "requires_safety_checker"):  # its class has neither
