@@ -130,6 +130,23 @@ def read(args: argparse.Namespace, source: Path) -> Pieces:
     return read_folder(find_folder(args.source, args.variant), args.variant)
 
 
+def read_and_report(args: argparse.Namespace, source: Path) -> Pieces:
+    """The same, with the file of --report written, also where the source does not fit."""
+    from ldm.formats.report import Misfit, write_reports
+
+    reports = []
+    try:
+        pieces = read(args, source)
+        reports = pieces.reports
+        return pieces
+    except Misfit as error:
+        reports = [error.report]
+        raise
+    finally:
+        if args.report and reports:
+            write_reports(reports, Path(args.report))
+
+
 def write(args: argparse.Namespace, pieces: Pieces) -> None:
     """Writes the target, with a bar on a terminal. Raises ValueError if it is there."""
     import torch
@@ -158,13 +175,9 @@ def convert(args: argparse.Namespace) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.parent
     with readable(Path(os.path.expanduser(args.source)), beside) as source:
-        pieces = read(args, source)
+        pieces = read_and_report(args, source)
         for note in (*pieces.notes, *(report.sentence() for report in pieces.reports)):
             print(note)
-        if args.report:
-            from ldm.config import write_json
-
-            write_json(Path(args.report), {report.source: report.content() for report in pieces.reports})
         if target is not None:
             write(args, pieces)
             print(target)

@@ -11,10 +11,18 @@ from safetensors.torch import load_file, save_file
 
 from ldm.convert import main
 from ldm.formats.keys import PARTS, UNET, ema_name, inverse, part_table, rename
-from ldm.formats.kinds import KINDS, NOT_THESE, recognise
-from ldm.formats.pieces import Pieces
-from ldm.formats.report import Report
-from ldm.formats.single_file import HEADER, closeness, make_header, measure_prediction, pieces_of, read_single
+from ldm.formats.kinds import INPAINT, KINDS, NOT_THESE, UPSCALE, recognise
+from ldm.formats.pieces import Pieces, read_folder, write_folder
+from ldm.formats.report import Report, write_reports
+from ldm.formats.single_file import (
+    HEADER,
+    closeness,
+    make_header,
+    measure_prediction,
+    pieces_of,
+    read_single,
+    write_single,
+)
 from ldm.formats.tensors import CLASSES, join, layout, part_shapes, split
 from ldm.formats.vocabulary import SIZE, clip_tokenizer
 from ldm.options import Defaults
@@ -247,17 +255,26 @@ def test_what_is_missing_or_unknown_is_told(written, tmp_path):
     assert "surprise: file (2,), model -" in str(caught.value)
 
 
-def test_a_report_in_a_file_has_every_name(tmp_path):
+def test_a_report_in_a_file_has_every_name(written, tmp_path, capsys):
     want = {f"w{i}": (i,) for i in range(9)}
     report = Report.compare(want, {"w1": (1,), "w2": (3,), "x": (1,), "y": (2,)}, "a", "b", {"y": "a note"})
     assert not report.fits
-    report.write(tmp_path / "report.json")
-    content = json.loads((tmp_path / "report.json").read_text())
+    assert report.sentence().count("\n") == 3
+    write_reports([report], tmp_path / "report.json")
+    content = json.loads((tmp_path / "report.json").read_text())["a"]
     assert content["unused"] == {"x": [1]}
     assert content["misshapen"] == {"w2": [[3], [2]]}
     assert content["extras"] == {"y": "a note"}
     assert sorted(content["missing"]) == ["w0", *(f"w{i}" for i in range(3, 9))]
-    assert report.sentence().count("\n") == 3
+    # and of a file that is refused
+    bad, config = str(tmp_path / "bad.safetensors"), str(tmp_path / "config")
+    save_file({"surprise": torch.zeros(2)}, bad)
+    written[0].save_pretrained(config)
+    assert main([bad, "--config", config, "--report", str(tmp_path / "report.json")]) == 2
+    assert f"{bad} does not fit" in capsys.readouterr().err
+    content = json.loads((tmp_path / "report.json").read_text())[bad]
+    assert content["unused"] == {"surprise": [2]}
+    assert len(content["missing"]) == content["total"]
 
 
 @pytest.mark.parametrize("header", ["{", "[]", "{}", '{"pipeline": "os.system"}'])
@@ -332,8 +349,6 @@ def test_a_folder_a_file_and_a_folder_again(tmp_path, capsys):
 def test_what_transformers_4_needs(written, tmp_path):
     """It knows no other names than `text_model.`, and reads a tokenizer from these two files."""
     pieces = read_single(written[1])
-    from ldm.formats.pieces import write_folder
-
     write_folder(pieces, tmp_path / "folder")
     names = load_file(tmp_path / "folder/text_encoder/model.safetensors").keys()
     assert all(name.startswith("text_model.") for name in names)
@@ -365,6 +380,34 @@ def test_requests_that_cannot_be_met(tmp_path, capsys, arguments, message):
     assert main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("pipeline", "channels"), [(INPAINT, 9), (UPSCALE, 7)])
+def test_diffusers_reads_folders_of_what_we_do_not_draw(pipeline, channels, tmp_path):
+    import diffusers
+
+    tiny = pieces_of(tiny_pipeline())
+    classes = 350 if pipeline == UPSCALE else None
+    unet = UNet(replace(tiny.kind.unet, in_channels=channels, num_class_embeds=classes))
+    low = KINDS["sd2-x4"].low_res_scheduler if pipeline == UPSCALE else None
+    kind = replace(tiny.kind, pipeline=pipeline, unet=unet.config, low_res_scheduler=low)
+    pieces = replace(tiny, kind=kind, tensors={**tiny.tensors, "unet": unet.state_dict()})
+    write_single(pieces, tmp_path / "a.safetensors")
+    write_folder(read_single(tmp_path / "a.safetensors"), tmp_path / "a")
+    assert read_folder(tmp_path / "a").kind.low_res_scheduler == low
+    stock = getattr(diffusers, pipeline).from_pretrained(tmp_path / "a")
+    assert torch.equal(stock.unet.conv_in.weight, unet.conv_in.weight)
+    with pytest.raises(ValueError, match=f"no pipeline here draws with it: diffusers' {pipeline} does"):
+        LatentDiffusionPipeline.from_single_file(tmp_path / "a.safetensors")
+
+
+def test_the_tests_that_the_documentation_names():
+    tests = Path(__file__).parent
+    named = re.findall(r"`(?:(test_\w+)\.)?(test_\w+)", (tests.parent / "docs/formats.md").read_text())
+    assert len(named) > 10
+    for module, test in named:
+        text = "".join(path.read_text() for path in tests.glob(f"{module or 'test_*'}.py"))
+        assert f"def {test}(" in text or (tests / f"{test}.py").is_file(), test
 
 
 def test_inpainting_and_upscaling_are_not_drawn():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -60,7 +61,7 @@ class Report:
     def sentence(self) -> str:
         """How the file differs, with the first names; or that it does not, and what else it holds."""
         if self.fits:
-            kinds = {why: list(self.extras.values()).count(why) for why in self.extras.values()}
+            kinds = Counter(self.extras.values())
             rest = "; ".join(f"{count} of {why}" for why, count in kinds.items())
             unread = f"; passed over: {rest}" if rest else ""
             return f"{self.source} fits {self.target}: all of its {self.total} tensors{unread}"
@@ -79,15 +80,24 @@ class Report:
         )
 
     def check(self, advice: str = "") -> Self:
-        """Itself. Raises ValueError with the sentence, and the advice after it, unless the file fits."""
+        """Itself. Raises Misfit with the sentence, and the advice after it, unless the file fits."""
         if not self.fits:
-            raise ValueError(self.sentence() + (f"\n{advice}" if advice else ""))
+            raise Misfit(self, advice)
         return self
 
     def content(self) -> dict[str, Any]:
         """All of it, for JSON."""
         return {"fits": self.fits, **asdict(self)}
 
-    def write(self, path: Path) -> None:
-        """All names, as JSON."""
-        write_json(path, self.content())
+
+def write_reports(reports: Iterable[Report], path: Path) -> None:
+    """All names of these reports, as JSON, by the file that each is of."""
+    write_json(path, {report.source: report.content() for report in reports})
+
+
+class Misfit(ValueError):
+    """A file that does not fit a model. The message is the report's sentence."""
+
+    def __init__(self, report: Report, advice: str = "") -> None:
+        super().__init__(report.sentence() + (f"\n{advice}" if advice else ""))
+        self.report = report

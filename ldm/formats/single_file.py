@@ -262,14 +262,17 @@ class SingleFiles:
         prediction: str | None = None,
         ema: bool = False,
         dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
     ) -> Self:
         """The pipeline of a single .safetensors file of Stable Diffusion 1 or 2, on the CPU, without network.
 
-        config, prediction and ema: see read_single. dtype: as in from_pretrained. What was recognised is
-        logged, and `python -m ldm.convert FILE` prints it.
+        config, prediction and ema: see read_single. dtype, torch_dtype: as in from_pretrained. What was
+        recognised is logged, and `python -m ldm.convert FILE` prints it.
         Raises ValueError for an unknown model, unless it is whole, and if no pipeline here draws with it.
         """
-        folder = None if config is None else Path(config)
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype}: give one of them")
+        dtype, folder = dtype or torch_dtype, None if config is None else Path(config)
         pieces = read_single(Path(path), config=folder, prediction=prediction, ema=ema)
         for note in (*pieces.notes, pieces.reports[0].sentence()):
             log.log(logging.WARNING if "measured" in note else logging.INFO, note)
