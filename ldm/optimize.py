@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from autoencoder.layers import AttentionBlock, GroupNormSiLU, to_image, to_tokens
 from ldm import native
-from ldm.attention import GEGLU, CrossAttention, SelfAttentionBlock
+from ldm.attention import GEGLU, CrossAttention, SelfAttention, SelfAttentionBlock, SpatialTransformer
+from ldm.native import int8
 
 if TYPE_CHECKING:
     from ldm.pipeline import LatentDiffusionPipeline
@@ -21,8 +22,10 @@ log = logging.getLogger(__name__)
 LARGE = 100_000_000  # parameters of a UNet whose pictures take minutes
 
 
-def optimize(pipe: LatentDiffusionPipeline) -> None:
+def optimize(pipe: LatentDiffusionPipeline, *, by_int8: bool = False) -> None:
     """Whatever is faster where this pipeline is, equal to rounding and worth some waiting: see its optimize.
+
+    by_int8: with the UNet's transformers in bytes, which is more than rounding.
 
     Raises ValueError, which says why and what to do, where nothing is or where it cannot be had.
     """
@@ -34,8 +37,14 @@ def optimize(pipe: LatentDiffusionPipeline) -> None:
                 f"optimize: on a CPU it is for float32 and the models are {pipe.dtype}; load them with "
                 "dtype=torch.float32 (--dtype fp32)"
             )
+        if by_int8:
+            int8.check()  # before anything is changed
         for model in (pipe.text_encoder, pipe.unet, pipe.vae):
             use_kernels(model)
+        if by_int8:
+            use_int8(pipe.unet)
+    elif by_int8:
+        raise ValueError(f"optimize: int8 is for a CPU and the models are on {pipe.device}; leave int8 out")
     else:
         pipe.unet.compile(dynamic=False)
         pipe.vae.decoder.compile(dynamic=False)
@@ -80,6 +89,29 @@ def use_kernels(model: nn.Module) -> None:
             module.attend = partial(attention, module)  # type: ignore[method-assign]
 
 
+def use_int8(unet: nn.Module) -> None:
+    """Replaces, after use_kernels, what it put into the linear maps of transformers by kernels in bytes.
+
+    What is made of the text alone stays: a run does it once. So do all maps elsewhere: those of the time
+    embedding have one row, and a shortcut's error would go straight into the answer.
+    """
+    transformers = [part for part in unet.modules() if isinstance(part, SpatialTransformer)]
+    parts = [part for transformer in transformers for part in transformer.modules()]
+    of_text = {
+        id(each)
+        for part in parts
+        if isinstance(part, CrossAttention) and not isinstance(part, SelfAttention)
+        for each in (part.to_k, part.to_v)
+    }
+    for module in parts:
+        kernel = getattr(module.forward, "func", None)  # that of use_kernels
+        if id(module) in of_text or kernel not in IN_BYTES:
+            continue
+        layer = module.proj if isinstance(module, GEGLU) else module
+        weights = int8.Packed(layer, gated=isinstance(module, GEGLU))  # type: ignore[arg-type]
+        module.forward = partial(IN_BYTES[kernel], module, weights)  # type: ignore[method-assign]
+
+
 def whole(layer: nn.Linear | nn.Conv2d) -> bool:
     """Are its channels such as the kernels take?"""
     return all(size % native.CHANNELS == 0 for size in layer.weight.shape[:2])
@@ -110,6 +142,24 @@ def pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return type(layer).forward(layer, x)
 
 
+def linear_int8(layer: nn.Linear, weights: int8.Packed, x: Tensor) -> Tensor:
+    if native.takes(x, layer.weight):
+        return int8.linear(x, weights())
+    return type(layer).forward(layer, x)
+
+
+def gated_int8(layer: GEGLU, weights: int8.Packed, x: Tensor) -> Tensor:
+    if native.takes(x, layer.proj.weight):
+        return int8.linear(x, weights())
+    return type(layer).forward(layer, x)
+
+
+def pointwise_int8(layer: nn.Conv2d, weights: int8.Packed, x: Tensor) -> Tensor:
+    if native.takes(x, layer.weight):
+        return to_image(int8.linear(to_tokens(x), weights()), like=x)
+    return type(layer).forward(layer, x)
+
+
 def norm_silu(layer: GroupNormSiLU, x: Tensor, added: Tensor | None = None) -> Tensor:
     if native.takes(x, layer.weight):
         return native.norm_silu(x, layer.num_groups, layer.weight, layer.bias, layer.eps, added)
@@ -123,3 +173,4 @@ def attention(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 KERNELS = {"(3, 3) (1, 1)": convolution, "(1, 1) (0, 0)": pointwise}  # by kernel_size and padding
+IN_BYTES = {linear: linear_int8, gated: gated_int8, pointwise: pointwise_int8}
