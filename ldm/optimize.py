@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ def optimize(pipe: LatentDiffusionPipeline, *, by_int8: bool = False) -> None:
     """Whatever is faster where this pipeline is, equal to rounding and worth some waiting: see its optimize.
 
     by_int8: with the UNet's transformers in bytes, which is more than rounding.
-
     Raises ValueError, which says why and what to do, where nothing is or where it cannot be had.
     """
     if pipe.offloaded:
@@ -104,12 +103,11 @@ def use_int8(unet: nn.Module) -> None:
         for each in (part.to_k, part.to_v)
     }
     for module in parts:
-        kernel = getattr(module.forward, "func", None)  # that of use_kernels
-        if id(module) in of_text or kernel not in IN_BYTES:
-            continue
-        layer = module.proj if isinstance(module, GEGLU) else module
-        weights = int8.Packed(layer, gated=isinstance(module, GEGLU))  # type: ignore[arg-type]
-        module.forward = partial(IN_BYTES[kernel], module, weights)  # type: ignore[method-assign]
+        kernel: Any = getattr(module.forward, "func", None)  # that of use_kernels
+        if kernel in IN_BYTES and id(module) not in of_text:
+            layer: Any = module.proj if isinstance(module, GEGLU) else module
+            weights = int8.Packed(layer, gated=isinstance(module, GEGLU))
+            module.forward = partial(IN_BYTES[kernel], module, weights)
 
 
 def whole(layer: nn.Linear | nn.Conv2d) -> bool:
@@ -142,19 +140,13 @@ def pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return type(layer).forward(layer, x)
 
 
-def linear_int8(layer: nn.Linear, weights: int8.Packed, x: Tensor) -> Tensor:
-    if native.takes(x, layer.weight):
+def in_bytes(layer: nn.Linear | GEGLU, weights: int8.Packed, x: Tensor) -> Tensor:
+    if native.takes(x, weights.layer.weight):
         return int8.linear(x, weights())
-    return type(layer).forward(layer, x)
+    return type(layer).forward(layer, x)  # type: ignore[arg-type]
 
 
-def gated_int8(layer: GEGLU, weights: int8.Packed, x: Tensor) -> Tensor:
-    if native.takes(x, layer.proj.weight):
-        return int8.linear(x, weights())
-    return type(layer).forward(layer, x)
-
-
-def pointwise_int8(layer: nn.Conv2d, weights: int8.Packed, x: Tensor) -> Tensor:
+def pixels_in_bytes(layer: nn.Conv2d, weights: int8.Packed, x: Tensor) -> Tensor:
     if native.takes(x, layer.weight):
         return to_image(int8.linear(to_tokens(x), weights()), like=x)
     return type(layer).forward(layer, x)
@@ -173,4 +165,4 @@ def attention(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 KERNELS = {"(3, 3) (1, 1)": convolution, "(1, 1) (0, 0)": pointwise}  # by kernel_size and padding
-IN_BYTES = {linear: linear_int8, gated: gated_int8, pointwise: pointwise_int8}
+IN_BYTES: dict[Any, Any] = {linear: in_bytes, gated: in_bytes, pointwise: pixels_in_bytes}  # by float32's

@@ -156,7 +156,7 @@ void quantize(const float* x, int64_t in, int64_t depth, uint8_t* bytes, float& 
 extern "C" int int8_width() { return W; }
 extern "C" int int8_together() { return TOGETHER; }
 
-// x (rows, in), in a multiple of W. weight (out / PANEL, depth / 4, PANEL, 4); scale, total and bias (out), bias or
+// x (rows, in), in a multiple of W. weight (out / PANEL, depth / 4, PANEL, 4), at a multiple of 64 bytes; scale, total and bias (out), bias or
 // null. With `gated` a panel is W columns of the first half and those of the second that they meet. out is a multiple
 // of PANEL, depth of 32 and at least in. bytes (rows, depth), low and step (rows): room. y (rows, out), or with
 // `gated` (rows, out / 2).

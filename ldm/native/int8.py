@@ -34,8 +34,8 @@ def check() -> None:
     ours = linear(x, pack(weight, None))
     if not torch.allclose(ours, true, rtol=1e-4, atol=1e-4):
         raise ValueError(
-            f"int8: the kernel differs from what it should answer by {(ours - true).abs().max():.2g}, so this "
-            "compiler cannot be trusted with it on this CPU; set CXX to another g++, or leave int8 out"
+            f"int8: the kernel differs from what it should answer by {(ours - true).abs().max():.2g}, so "
+            "this compiler cannot be trusted with it on this CPU; set CXX to another g++, or leave int8 out"
         )
 
 
@@ -64,9 +64,9 @@ class Weights(NamedTuple):
 def quantized(weight: Tensor, together: int) -> tuple[Tensor, Tensor]:
     """weight (K, C) as whole numbers of -127 to 127 and their scale (K,), symmetric about 0.
 
-    Where products meet in 16 bits, the scale is such that they fit whatever the row: of the `together` weights
-    that meet, those of either sign add up to at most 128, for 128 * 255 < 2^15. Rounding adds up to 1/2 to each,
-    so 1/2 * together is kept free.
+    Where products meet in 16 bits, the scale is such that they fit whatever the row: of the `together`
+    weights that meet, those of either sign add up to at most 128, for 128 * 255 < 2^15. Rounding adds at most
+    1/2 to each, so together / 2 is kept free.
     """
     scale = weight.abs().amax(1) / 127
     if together:
@@ -115,7 +115,7 @@ def linear(x: Tensor, weights: Weights) -> Tensor:
 
 
 class Packed:
-    """The packed weights of a layer: made when they are first asked for, and again when its weights changed."""
+    """The packed weights of a layer: made when first asked for, and again when its own have changed."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, *, gated: bool = False) -> None:
         """layer: linear or a 1x1 convolution."""
