@@ -111,6 +111,10 @@ HOW: Table = {
         "action": argparse.BooleanOptionalAction,
         "help": "first compile what is then faster; on a CPU large models are, where there is g++",
     },
+    "int8": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "on a CPU, with --optimize: faster in coarser numbers; the picture differs a little",
+    },
     "device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1 or mps; the fastest if left out"},
 }
 WHERE: Table = {

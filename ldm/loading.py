@@ -49,9 +49,11 @@ def load(
         digest: Future[str] = beside.submit(model_hash, [folder / name for name in stock.MODELS], variant)
         pipe = pipeline.LatentDiffusionPipeline.from_pretrained(folder, dtype=kind, variant=variant)
         pipe.to(device)
-        asked = settled.get("optimize")
-        if pays(pipe) if asked is None else asked:
-            pipe.optimize()
+        asked, int8 = settled.get("optimize"), bool(settled.get("int8"))
+        if int8 and asked is False:
+            raise ValueError("int8 is a part of optimize: give --optimize too, or --no-int8")
+        if int8 or (pays(pipe) if asked is None else asked):
+            pipe.optimize(int8=int8)
     return pipe, {
         "model": model,
         "model_hash": digest.result(),
@@ -59,6 +61,7 @@ def load(
         "dtype": str(kind).removeprefix("torch."),
         "device": device.type,
         "optimize": pipe.optimized,
+        "int8": pipe.int8,
         "version": ldm.__version__,
         "torch": str(torch.__version__),
     }

@@ -44,6 +44,7 @@ class Recipe:
     variant: str | None = None
     dtype: str = "float32"
     optimize: bool = False  # see LatentDiffusionPipeline.optimize
+    int8: bool = False  # likewise
     device: str = "cpu"
     version: str = ""  # of this package
     torch: str = ""
