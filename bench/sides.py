@@ -108,10 +108,10 @@ class Ours:
 class OursOptimized(Ours):
     """With everything that pipe.optimize() knows for this machine."""
 
-    def __init__(self, settings: Settings, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, settings: Settings, *, dtype: torch.dtype | None = None, int8: bool = False) -> None:
         super().__init__(settings, dtype=dtype)
         try:
-            self.pipe.optimize()
+            self.pipe.optimize(int8=int8)
         except ValueError as error:
             raise Unavailable(str(error)) from None
 
