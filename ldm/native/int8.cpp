@@ -13,9 +13,9 @@
 
 namespace {
 
-constexpr int PANEL = 2 * W;            // columns of y in a tile
-constexpr int64_t CACHED = 192 << 10;   // bytes of x that stay in the second cache
-constexpr int64_t PANELS = 16;          // in a task, at most
+constexpr int PANEL = 2 * W;           // columns of y in a tile
+constexpr int64_t CACHED = 192 << 10;  // bytes of x that stay in the second cache
+constexpr int64_t PANELS = 16;         // in a task, at most
 
 typedef int32_t Wide __attribute__((vector_size(4 * W)));  // or as many bytes
 typedef int16_t Half __attribute__((vector_size(4 * W)));
@@ -156,10 +156,10 @@ void quantize(const float* x, int64_t in, int64_t depth, uint8_t* bytes, float& 
 extern "C" int int8_width() { return W; }
 extern "C" int int8_together() { return TOGETHER; }
 
-// x (rows, in), in a multiple of W. weight (out / PANEL, depth / 4, PANEL, 4), at a multiple of 64 bytes; scale, total and bias (out), bias or
-// null. With `gated` a panel is W columns of the first half and those of the second that they meet. out is a multiple
-// of PANEL, depth of 32 and at least in. bytes (rows, depth), low and step (rows): room. y (rows, out), or with
-// `gated` (rows, out / 2).
+// x (rows, in), in a multiple of W. weight (out / PANEL, depth / 4, PANEL, 4), at a multiple of 64 bytes. scale, total
+// and bias (out), bias or null. With `gated` a panel is W columns of the first half and those of the second that they
+// meet. out is a multiple of PANEL, depth of 32 and at least in. bytes (rows, depth), low and step (rows): room.
+// y (rows, out), or with `gated` (rows, out / 2).
 extern "C" void int8_linear(const float* x, const int8_t* weight, const float* scale, const float* total,
                             const float* bias, uint8_t* bytes, float* low, float* step, float* y, int64_t rows,
                             int64_t in, int64_t depth, int64_t out, int64_t gated, int threads) {
