@@ -83,6 +83,7 @@ def rows() -> dict[str, Make]:
     fp32: dict[str, Make] = {
         "ours, fp32": partial(Ours, dtype=torch.float32),
         "ours, fp32, optimized": partial(OursOptimized, dtype=torch.float32),
+        "ours, int8, optimized": partial(OursOptimized, dtype=torch.float32, quantize="int8"),
         "ours, fp32, compiled": partial(OursCompiled, mode="default", dtype=torch.float32),
         "diffusers, fp32": Theirs,
         "diffusers, fp32, channels_last": partial(Theirs, channels_last=True),

@@ -48,6 +48,8 @@ ROWS: dict[str, Make] = {
     "ours, xformers": partial(Ours, backend="xformers"),
     "ours, sdpa": partial(Ours, backend="sdpa"),
     "ours, optimized": OursOptimized,
+    "ours, optimized, int8": partial(OursOptimized, quantize="int8"),
+    "ours, optimized, fp8": partial(OursOptimized, quantize="fp8"),
     "ours, compiled": partial(OursCompiled, mode="default"),
     "ours, compiled, reduce-overhead": partial(OursCompiled, mode="reduce-overhead"),
     "ours, compiled, max-autotune": partial(OursCompiled, mode="max-autotune"),

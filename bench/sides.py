@@ -109,10 +109,12 @@ class Ours:
 class OursOptimized(Ours):
     """With everything that pipe.optimize() knows for this machine."""
 
-    def __init__(self, settings: Settings, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, settings: Settings, *, dtype: torch.dtype | None = None, quantize: str | None = None
+    ) -> None:
         super().__init__(settings, dtype=dtype)
         try:
-            self.pipe.optimize()
+            self.pipe.optimize(quantize=quantize)
         except ValueError as error:
             raise Unavailable(str(error)) from None
         tell_profiler()

@@ -144,6 +144,10 @@ HOW: Table = {
         "action": argparse.BooleanOptionalAction,
         "help": "first compile what is then faster; on a CPU large models are, where there is g++",
     },
+    "quantize": {
+        "metavar": "NAME",
+        "help": "int8, or on GPUs fp8: optimize with 8 bits; faster still, the picture differs a little",
+    },
     "device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1 or mps; the fastest if left out"},
 }
 WHERE: Table = {

@@ -59,7 +59,7 @@ def check_same(recipe: Recipe, source: Recipe, asked: str | None) -> None:
         if asked is None:
             raise ValueError(f"{text}: name the right one with --model, or this one to go on with it")
         log.warning(text)
-    for name in ("device", "dtype", "optimize", "torch", "version"):
+    for name in ("device", "dtype", "optimize", "quantize", "torch", "version"):
         was, now = getattr(source, name), getattr(recipe, name)
         if was != now:
             log.warning("%s is %s and was %s: the picture may differ in its last bits", name, now, was)

@@ -86,9 +86,11 @@ def load(
         for tokenizer in pipe.tokenizers:
             tokenizer.chunks = settled.get("chunks") or tokenizer.chunks
         noted = wear(pipe, settled)
-        asked = settled.get("optimize")
-        if pays(pipe) if asked is None else asked:
-            pipe.optimize()
+        asked, quantization = settled.get("optimize"), settled.get("quantize")
+        if quantization and asked is False:
+            raise ValueError(f"quantize={quantization} is a part of optimize: leave out --no-optimize")
+        if quantization or (pays(pipe) if asked is None else asked):
+            pipe.optimize(quantize=quantization)
     return pipe, {
         "model": model,
         "model_hash": digest.result(),
@@ -97,6 +99,7 @@ def load(
         "dtype": str(kind).removeprefix("torch."),
         "device": device.type,
         "optimize": pipe.optimized,
+        "quantize": pipe.quantization,
         **noted,
         "version": ldm.__version__,
         "torch": str(torch.__version__),

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from autoencoder.layers import AttentionBlock, GroupNormSiLU, to_image, to_tokens
-from ldm import native
-from ldm.attention import GEGLU, CrossAttention, SelfAttentionBlock, by_native_kernel
+from ldm import native, options
+from ldm.attention import (
+    GEGLU,
+    CrossAttention,
+    SelfAttention,
+    SelfAttentionBlock,
+    SpatialTransformer,
+    by_native_kernel,
+)
+from ldm.native import int8
+from ldm.quantized import quantize, why_not
 
 if TYPE_CHECKING:
     from ldm.pipeline import LatentDiffusionPipeline
@@ -21,22 +30,32 @@ log = logging.getLogger(__name__)
 LARGE = 100_000_000  # parameters of a UNet whose pictures take minutes
 
 
-def optimize(pipe: LatentDiffusionPipeline) -> None:
+def optimize(pipe: LatentDiffusionPipeline, quantization: str | None = None) -> None:
     """Whatever is faster where this pipeline is, equal to rounding and worth some waiting: see its optimize.
 
+    quantization: of the linear maps in the UNet's transformers, which is more than rounding.
     Raises ValueError, which says why and what to do, where nothing is or where it cannot be had.
     """
+    options.check_quantization(quantization)
     if pipe.offloaded:
         raise ValueError("optimize: offloaded models move for each use; call pipe.to(device) first")
+    if quantization and (reason := why_not(quantization, pipe.device)):
+        raise ValueError(f"quantize={quantization}: {reason}; leave it out")
     if pipe.device.type == "cpu":
         if pipe.dtype != torch.float32:
             raise ValueError(
                 f"optimize: on a CPU it is for float32 and the models are {pipe.dtype}; load them with "
                 "dtype=torch.float32 (--dtype fp32)"
             )
+        if quantization == "int8":
+            int8.check()  # before anything is changed
         for model in pipe.models:
             use_kernels(model)
+        if quantization == "int8":
+            use_int8(pipe.unet)
     else:
+        if quantization:
+            quantize_maps(pipe.unet, quantization)
         pipe.unet.compile(dynamic=False)
         pipe.vae.decoder.compile(dynamic=False)
 
@@ -80,6 +99,40 @@ def use_kernels(model: nn.Module) -> None:
             module.attend = partial(attention, module)  # type: ignore[method-assign]
 
 
+def use_int8(unet: nn.Module) -> None:
+    """Replaces, after use_kernels, what it put into `maps` by kernels in bytes."""
+    for module in maps(unet):
+        kernel: Any = getattr(module.forward, "func", None)  # that of use_kernels
+        if kernel in IN_BYTES:
+            layer: Any = module.proj if isinstance(module, GEGLU) else module
+            weights = int8.Packed(layer, gated=isinstance(module, GEGLU))
+            module.forward = partial(IN_BYTES[kernel], module, weights)
+
+
+def quantize_maps(unet: nn.Module, kind: str) -> None:
+    """On an accelerator, lets `maps` multiply in 8 bits."""
+    for module in maps(unet):
+        if isinstance(module, nn.Linear):
+            quantize(module, kind)
+
+
+def maps(unet: nn.Module) -> list[nn.Module]:
+    """The parts of transformers, but for what is made of the text alone: a run does it once.
+
+    Linear maps elsewhere stay in full precision: those of the time embedding have one row, and a shortcut's
+    error would go straight into the answer.
+    """
+    transformers = [part for part in unet.modules() if isinstance(part, SpatialTransformer)]
+    parts = [part for transformer in transformers for part in transformer.modules()]
+    of_text = {
+        id(each)
+        for part in parts
+        if isinstance(part, CrossAttention) and not isinstance(part, SelfAttention)
+        for each in (part.to_k, part.to_v)
+    }
+    return [part for part in parts if id(part) not in of_text]
+
+
 def whole(layer: nn.Linear | nn.Conv2d) -> bool:
     """Are its channels such as the kernels take?"""
     return all(size % native.CHANNELS == 0 for size in layer.weight.shape[:2])
@@ -110,6 +163,18 @@ def pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return type(layer).forward(layer, x)
 
 
+def in_bytes(layer: nn.Linear | GEGLU, weights: int8.Packed, x: Tensor) -> Tensor:
+    if native.takes(x, weights.layer.weight):
+        return int8.linear(x, weights())
+    return type(layer).forward(layer, x)  # type: ignore[arg-type]
+
+
+def pixels_in_bytes(layer: nn.Conv2d, weights: int8.Packed, x: Tensor) -> Tensor:
+    if native.takes(x, layer.weight):
+        return to_image(int8.linear(to_tokens(x), weights()), like=x)
+    return type(layer).forward(layer, x)
+
+
 def norm_silu(layer: GroupNormSiLU, x: Tensor, added: Tensor | None = None) -> Tensor:
     if native.takes(x, layer.weight):
         return native.norm_silu(x, layer.num_groups, layer.weight, layer.bias, layer.eps, added)
@@ -121,3 +186,4 @@ def attention(block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 KERNELS = {"(3, 3) (1, 1)": convolution, "(1, 1) (0, 0)": pointwise}  # by kernel_size and padding
+IN_BYTES: dict[Any, Any] = {linear: in_bytes, gated: in_bytes, pointwise: pixels_in_bytes}  # by float32's

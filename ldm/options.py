@@ -16,6 +16,7 @@ MAX_IMAGES = 256  # of one call
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 100.0
 WEIGHTINGS = ("a1111", "comfy")  # the names in text_encoder.prompt.WEIGHTINGS
+QUANTIZATIONS = ("int8", "fp8")
 MAX_CHUNKS = 64  # of a prompt: 4,800 of CLIP's tokens
 MAX_PROMPT = 80_000  # characters: a recipe with two of them, escaped, is no longer than what --from reads
 
@@ -136,6 +137,12 @@ def check_weighting(name: str | None) -> None:
         check_choice("prompt_weighting", name, WEIGHTINGS)
 
 
+def check_quantization(name: str | None) -> None:
+    """Raises ValueError unless name is None or one of QUANTIZATIONS."""
+    if name is not None:
+        check_choice("quantize", name, QUANTIZATIONS)
+
+
 def check_chunks(count: int | None) -> None:
     """Raises ValueError unless count is None or a whole number from 1 to MAX_CHUNKS."""
     if count is not None and (not _whole(count) or not 1 <= count <= MAX_CHUNKS):
@@ -154,6 +161,7 @@ def check_request(values: Mapping[str, Any]) -> None:
     check_clip_skip(values.get("clip_skip", 0))
     check_weighting(values.get("prompt_weighting"))
     check_chunks(values.get("chunks"))
+    check_quantization(values.get("quantize"))
 
 
 def check_choice(name: str, value: object, known: Iterable[str]) -> None:

@@ -51,6 +51,7 @@ class Recipe:
     ] = ()  # of each its file, weight and hash: see ldm.adapters.noted
     embeddings: tuple[tuple[str, str], ...] = ()  # of each its file and hash
     optimize: bool = False  # see LatentDiffusionPipeline.optimize
+    quantize: str | None = None  # likewise
     device: str = "cpu"
     version: str = ""  # of this package
     torch: str = ""
