@@ -140,13 +140,13 @@ def test_weights_that_cannot_be(text, message):
 def test_hostile_texts_take_no_time():
     started = time.process_time()
     for part in (" ", ":", "1", "(a)", "a BREAK ", "[(", ":1", "\\", "(:1)"):
-        text = part * (20_000 // len(part))
+        text = part * (10_000 // len(part))
         for each in (text, "(a:" + text):
             try:
                 read_weights(each)
             except ValueError:
                 continue
-    assert time.process_time() - started < 3
+    assert time.process_time() - started < 2
 
 
 # Tokens
