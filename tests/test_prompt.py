@@ -140,13 +140,13 @@ def test_weights_that_cannot_be(text, message):
 def test_hostile_texts_take_no_time():
     started = time.process_time()
     for part in (" ", ":", "1", "(a)", "a BREAK ", "[(", ":1", "\\", "(:1)"):
-        text = part * (20_000 // len(part))
+        text = part * (10_000 // len(part))
         for each in (text, "(a:" + text):
             try:
                 read_weights(each)
             except ValueError:
                 continue
-    assert time.process_time() - started < 3
+    assert time.process_time() - started < 2
 
 
 # Tokens
@@ -158,7 +158,7 @@ def test_text_without_signs_has_the_tokens_of_any_caption(tokenizer):
         for text in ("", PROMPT, "Two  blue CATS, at night. " * 4):
             filled = [[piece.token for piece in pieces] for _, pieces in chunks_of(literal(text), tokenizer)]
             assert torch.equal(tokenizer.rows(filled[:chunks])[None], tokenizer([text]).view(1, chunks, 16))
-            assert what_is_cut(literal(text), tokenizer) == tokenizer.cut(text).strip()
+            assert what_is_cut(literal(text), tokenizer) == tokenizer.cut(text)
 
 
 @torch.no_grad()

@@ -170,9 +170,8 @@ def what_is_cut(prompt: Prompt, tokenizer: Tokenizer) -> str:
     if not tail:
         return ""
     first, *others = prompt.texts[tail[0].passage :]
-    return (
-        "BREAK".join([first[tail[0].pieces[0].start if tail[0].pieces else 0 :], *others]).strip() or "BREAK"
-    )
+    cut = "BREAK".join([first[tail[0].pieces[0].start if tail[0].pieces else 0 :], *others])
+    return cut if cut.strip() else "BREAK"
 
 
 def words_of(prompt: Prompt, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
