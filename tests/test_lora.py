@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch import nn
 from ldm.pipeline import LatentDiffusionPipeline
 from tests.test_fit import OPTIM, latents, losses, state, stop_at
 from tests.tiny import CAPTIONS, tiny_pipeline
+from train import train_lora
+from train.batches.plan import Plan
 from train.data.sources import DataConfig, open_source
 from train.fit.loop import fit
 from train.fit.optim import build_optimizer
@@ -47,7 +50,10 @@ def run(recipe: LoraRecipe, stop_after: int = 0) -> Lora:
     return task
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "lora"]
+
+
+@pytest.mark.parametrize("kind", ["lora", *SLOW])
 def test_only_adapters_move_and_at_first_nothing_is_other(tmp_path, model, kind):
     """The first loss is the whole model's bit for bit; the checkpoint holds adapters and nothing else."""
     recipe = lora_recipe(tmp_path, model, adapter=kind, train_text_encoder=True, steps=4)
@@ -68,9 +74,15 @@ def test_only_adapters_move_and_at_first_nothing_is_other(tmp_path, model, kind)
     assert not torch.equal(task.module(**task.batch(draws))[0], expected)
 
 
-def task_draws(task: Lora) -> list[Any]:
-    from train.batches.plan import Plan
+def learn_something(module: nn.Module) -> None:
+    """Adapters as if they had learnt."""
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=rng), alpha=0.1)
 
+
+def task_draws(task: Lora) -> list[Any]:
     return Plan(task.buckets, 2, 0).batch(0)
 
 
@@ -104,8 +116,6 @@ def test_prior_preservation_is_the_sum_of_two_means(tmp_path, model):
     prior = PriorConfig(prompt="a red fox", weight=0.5)
     recipe = lora_recipe(tmp_path, model, prior=prior, batch_size=4, micro_batch=2, steps=4)
     task = Lora(recipe, model, latents(), latents(count=5))
-    from train.batches.plan import Plan
-
     plan = Plan(task.buckets, 4, 0, micro_batch=2)
     batch = task.batch(plan.batch(3))
     parts = [task.batch(plan.micro(3, number, 0)) for number in (0, 1)]
@@ -142,6 +152,7 @@ def test_pictures_of_the_class_come_back_as_they_were(tmp_path, model):
     assert source.description != open_source(replace(data, caption="a cat")).description
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "conv"), [("lora", True), ("dora", True), ("lokr", False), ("loha", False)])
 def test_adapters_are_pefts(model, kind, conv):
     """The same numbers in peft's modules give the same answers."""
@@ -150,10 +161,7 @@ def test_adapters_are_pefts(model, kind, conv):
     pipe = LatentDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     ends = ("to_q", "to_out.0", "conv1") if conv else ("to_q", "to_k")
     tree = grow(find_layers(pipe.unet, ends, "targets"), kind, 2, 3.0, 0.0, 0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in tree.parameters():
-            p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+    learn_something(tree)
     options: dict[str, Any] = {"r": 2, "target_modules": list(ends)}
     config = {
         "lora": lambda: peft.LoraConfig(lora_alpha=3, **options),
@@ -174,31 +182,29 @@ def test_adapters_are_pefts(model, kind, conv):
     assert (answer - plain).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "spelling"), [("lora", None), ("locon", "kohya"), ("dora", None), ("lokr", "diffusers")]
 )
 def test_stock_diffusers_reads_the_file_and_draws_the_same(tmp_path, model, kind, spelling):
     text = kind != "lokr"  # diffusers reads no lokr for a text encoder
-    recipe = lora_recipe(
-        tmp_path, model, adapter=kind, spelling=spelling, train_text_encoder=text, alpha=3.0, ema_decay=0.0
-    )
-    recipe = replace(recipe, optim=replace(OPTIM, lr=0.03))
-    task = run(recipe)
-    pipe = task.pipeline()
-    plain = LatentDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
-    stock = plain.to_diffusers()
+    recipe = lora_recipe(tmp_path, model, adapter=kind, spelling=spelling, train_text_encoder=text, alpha=3.0)
+    task = Lora(recipe, model, latents())
+    learn_something(task.module)
+    task.export(tmp_path)
+    stock = LatentDiffusionPipeline.from_pretrained(model, dtype=torch.float32).to_diffusers()
     if kind == "lokr":
-        stock.unet.load_lora_adapter(load_file(tmp_path / "model" / LORA_FILE), prefix="unet")
+        stock.unet.load_lora_adapter(load_file(tmp_path / LORA_FILE), prefix="unet")
     else:
-        stock.load_lora_weights(tmp_path / "model")
-    stock.set_progress_bar_config(disable=True)
-    call: dict[str, Any] = {"height": 16, "width": 12, "num_inference_steps": 3, "output_type": "pt"}
-    call |= {"latents": torch.randn(1, 4, 8, 6), "guidance_scale": 3.0, "sampler": "ddim"}
-    ours, before = (each(CAPTIONS[0], **call).images for each in (pipe, tiny_pipeline()))
-    del call["sampler"]
-    theirs = stock(CAPTIONS[0], **{**call, "output_type": "np"}).images
-    torch.testing.assert_close(ours.permute(0, 2, 3, 1), torch.from_numpy(theirs), atol=1e-4, rtol=0)
-    assert (ours - before).abs().max() > 1e-2
+        stock.load_lora_weights(tmp_path)
+    call: dict[str, Any] = {"height": 16, "width": 8, "num_inference_steps": 3, "guidance_scale": 3.0}
+    call["latents"] = torch.randn(1, 4, 8, 4)
+    ours, before = (
+        each(CAPTIONS[0], **call, output_type="np").images for each in (task.pipeline(), tiny_pipeline())
+    )
+    theirs = stock(CAPTIONS[0], **call, output_type="np").images
+    torch.testing.assert_close(ours, torch.from_numpy(theirs).numpy(), atol=1e-4, rtol=0)
+    assert abs(ours - before).max() > 1e-2
 
 
 def test_the_file_says_what_it_is(tmp_path, model):
@@ -244,3 +250,21 @@ def test_a_target_that_is_nowhere_is_named(model):
     unet = tiny_pipeline().unet
     with pytest.raises(ValueError, match=r"targets=x: no layer's name ends in 'to_w'; they end in .*to_q"):
         find_layers(unet, ("to_q", "to_w"), "targets=x")
+
+
+@pytest.mark.slow
+def test_the_command_trains_and_plans(tmp_path, model, capsys):
+    """From drawn scenes and drawn pictures of the class to the file, and what it will take before."""
+    argv = (
+        f"--model {model} --output {tmp_path / 'run'} --steps 2 --batch-size 2 --optim.warmup-steps 1".split()
+    )
+    argv += ["--data.size", "16", "--data.length", "4", "--data.caption", "red", "--prior.prompt", "fox", "--prior.pictures", "2"]
+    argv += ["--sample-every", "2", "--prompts", "fox", "--validation-samples", "1", "--precision", "fp32"]
+    assert train_lora.main([*argv, "--plan"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"adapters: 0\.\d+ M parameters trained", told)
+    assert not (tmp_path / "run").exists()
+    assert train_lora.main([*argv, "--max-minutes", "1e-9"]) == 75
+    assert train_lora.main(argv) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "run/model")
+    assert [path.name for path in (tmp_path / "run/model").iterdir()] == [LORA_FILE]

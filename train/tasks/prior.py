@@ -8,14 +8,15 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from ldm.checkpoint import model_hash
 from ldm.config import read_json, write_json
 from ldm.noise import key
 from ldm.picture import save_picture
 from ldm.pipeline import LatentDiffusionPipeline
+from ldm.stock import MODELS
 from train.batches.encoding import compute_latents
 from train.batches.latents import Latents, autoencoder_folder
 from train.data.sources import DataConfig
-from train.fit.checkpoint import weights_sha256
 from train.fit.loop import cpu_only
 from train.tasks.lora import LoraRecipe
 
@@ -46,7 +47,7 @@ def draw_prior(recipe: LoraRecipe, folder: Path, pictures: Path) -> None:
     paths = [pictures / f"{number:05d}.png" for number in range(recipe.prior.pictures)]
     pipe = LatentDiffusionPipeline.from_pretrained(folder).to(state.device)
     about = {
-        "model": weights_sha256(pipe.unet.float().state_dict()),
+        "model": model_hash(folder / name for name in MODELS),
         "prompt": recipe.prior.prompt,
         "size": recipe.data.size,
         "seed": recipe.seed,
