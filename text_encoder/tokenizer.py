@@ -120,6 +120,26 @@ class Tokenizer:
             len(each) for each in self._backend.encode_batch_fast(list(prompts), add_special_tokens=False)
         ]
 
+    def with_tokens(self, names: Sequence[str]) -> Tokenizer:
+        """This tokenizer with more tokens, at new ids after the last, which it finds in prompts as they are.
+
+        Raises ValueError for a name that is empty or a token already.
+        """
+        for name in names:
+            if not name.strip() or self._backend.token_to_id(name) is not None or names.count(name) > 1:
+                raise ValueError(f"a new token {name!r}: expected a name that no token has yet")
+        old = [token for _, token in sorted(self._backend.get_added_tokens_decoder().items())]
+        return Tokenizer(
+            self.vocab,
+            self.merges,
+            start=self.special["bos_token"],
+            end=self.special["eos_token"],
+            pad=self.special["pad_token"],
+            added=[*old, *(AddedToken(name) for name in names)],
+            max_length=self.max_length,
+            chunks=self.chunks,
+        )
+
     def _encode(self, prompt: str) -> tokenizers.Encoding:
         try:
             return self._backend.encode(prompt, add_special_tokens=False)
