@@ -194,7 +194,7 @@ def test_stock_diffusers_reads_the_file_and_draws_the_same(tmp_path, model, kind
     task.export(tmp_path)
     stock = LatentDiffusionPipeline.from_pretrained(model, dtype=torch.float32).to_diffusers()
     if kind == "lokr":
-        stock.unet.load_lora_adapter(load_file(tmp_path / LORA_FILE), prefix="unet")
+        stock.unet.load_lora_adapter(tmp_path, weight_name=LORA_FILE, prefix="unet")
     else:
         stock.load_lora_weights(tmp_path)
     call: dict[str, Any] = {"height": 16, "width": 8, "num_inference_steps": 3, "guidance_scale": 3.0}
@@ -258,7 +258,8 @@ def test_the_command_trains_and_plans(tmp_path, model, capsys):
     argv = (
         f"--model {model} --output {tmp_path / 'run'} --steps 2 --batch-size 2 --optim.warmup-steps 1".split()
     )
-    argv += ["--data.size", "16", "--data.length", "4", "--data.caption", "red", "--prior.prompt", "fox", "--prior.pictures", "2"]
+    argv += ["--data.size", "16", "--data.length", "4", "--data.caption", "red", "--prior.prompt", "fox"]
+    argv += ["--prior.pictures", "2"]
     argv += ["--sample-every", "2", "--prompts", "fox", "--validation-samples", "1", "--precision", "fp32"]
     assert train_lora.main([*argv, "--plan"]) == 0
     told = capsys.readouterr().out

@@ -7,6 +7,7 @@ diffusers': `unet.<layer>.lora_A.weight` and the settings as JSON in the header.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from train.tasks.adapters import LoKr, adapters_of
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the names that diffusers looks for in a folder
 TOKENS_FILE = "learned_embeds.safetensors"
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+# peft's own files have no .weight there, and then transformers 5 finds no lengths for its text encoder
+TEXT_LENGTHS = re.compile(r"^text_encoder\..*\.lora_magnitude_vector$")
 LEAVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}  # peft's -> kohya's
 
 
@@ -32,16 +35,17 @@ def stock_name(model: str, name: str) -> str:
 
 def diffusers_tensors(trees: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Every number under peft's names, each after its model's. trees: by the name of the model."""
-    return {
+    tensors = {
         f"{model}.{stock_name(model, name)}": value
         for model, tree in trees.items()
         for name, value in tree.state_dict().items()
     }
+    return {TEXT_LENGTHS.sub(r"\g<0>.weight", name): value for name, value in tensors.items()}
 
 
 def kohya_tensors(trees: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The same under kohya's and LyCORIS' names, with an alpha for each layer."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for model, tree in trees.items():
         for name, adapter in adapters_of(tree).items():
             layer = KOHYA[model] + stock_name(model, name).replace(".", "_")

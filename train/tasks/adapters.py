@@ -42,8 +42,8 @@ class LoRA(Adapter):
 
     def __init__(self, layer: Layer, rank: int, scale: float, dropout: float, rng: torch.Generator) -> None:
         super().__init__(rank, scale, dropout)
-        self.lora_A: nn.Module
-        self.lora_B: nn.Module
+        self.lora_A: Layer
+        self.lora_B: Layer
         if isinstance(layer, nn.Linear):
             self.lora_A = nn.Linear(layer.in_features, rank, bias=False)
             self.lora_B = nn.Linear(rank, layer.out_features, bias=False)
@@ -169,7 +169,7 @@ def find_layers(model: nn.Module, ends: Sequence[str], what: str) -> dict[str, L
     Raises ValueError for an end that no layer has; `what` is the setting that it names.
     """
     layers = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
-    found = {}
+    found: dict[str, Layer] = {}
     for end in ends:
         some = {name: layer for name, layer in layers.items() if f".{name}".endswith(f".{end}")}
         if not some:
