@@ -20,9 +20,10 @@ from ldm.checkpoint import load_model
 from ldm.config import read_config, read_json
 from ldm.hub import find_folder
 from ldm.options import Defaults
-from ldm.pipeline import BUNDLED, DEFAULTS
+from ldm.parts import DEFAULTS
+from ldm.pipeline import BUNDLED
 from ldm.scheduler import Scheduler
-from ldm.stock import check_index
+from ldm.stock import SD, read_index
 from ldm.unet import UNetConfig
 from train.batches.encoding import compute_latents
 from train.batches.latents import Latents, autoencoder_folder
@@ -63,7 +64,11 @@ class TuningRecipe(FitConfig):
 def model_folder(recipe: TuningRecipe) -> Path:
     """The folder of the model to tune. Raises ValueError if it is none, or not of Stable Diffusion's kind."""
     folder = BUNDLED if recipe.model == "bundled" else find_folder(recipe.model)
-    check_index(folder)
+    layout, _ = read_index(folder)
+    if layout is not SD:
+        raise ValueError(
+            f"model={recipe.model!r} is a {layout.stock_class}: only {SD.stock_class} is trained"
+        )
     return folder
 
 
