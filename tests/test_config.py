@@ -13,12 +13,12 @@ import yaml
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import empty_model
 from ldm.unet import UNet
+from tests.test_house import RECIPES
 from train.command import command
 from train.config import find_recipe, from_mapping, is_recipe, parse, read_recipe, to_mapping, to_yaml
 from train.fit.optim import OptimConfig, learning_rate
 from train.stages import autoencoder_stage, text_encoder_stage
 from train.tasks.autoencoding import AutoencoderRecipe
-from train.tasks.contrastive import ContrastiveRecipe
 from train.tasks.diffusion import DiffusionRecipe
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -121,12 +121,7 @@ def test_a_command_shows_one_line_for_what_the_user_got_wrong(capsys, monkeypatc
 
 def recipe_class(path: Path) -> type:
     """What the script reads that the recipe's first line names."""
-    kinds = {
-        "train_autoencoder": AutoencoderRecipe,
-        "train_text_encoder": ContrastiveRecipe,
-        "train_ldm": DiffusionRecipe,
-    }
-    return kinds[re.search(r"train/(\w+)\.py", path.read_text())[1]]
+    return RECIPES[re.search(r"train/(\w+)\.py", path.read_text())[1]]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

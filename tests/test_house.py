@@ -15,6 +15,8 @@ from train.config import read_recipe
 from train.tasks.autoencoding import AutoencoderRecipe
 from train.tasks.contrastive import ContrastiveRecipe
 from train.tasks.diffusion import DiffusionRecipe
+from train.tasks.embedding import EmbeddingRecipe
+from train.tasks.lora import LoraRecipe
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -42,6 +44,8 @@ RECIPES = {
     "train_autoencoder": AutoencoderRecipe,
     "train_text_encoder": ContrastiveRecipe,
     "train_ldm": DiffusionRecipe,
+    "train_lora": LoraRecipe,
+    "train_embedding": EmbeddingRecipe,
 }
 COMMANDS = [
     'pip install -c constraints.txt . && python -m ldm.generate "a red fox in snow"',

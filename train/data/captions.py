@@ -114,6 +114,14 @@ def read_captions(folder: Path, kinds: Sequence[str]) -> dict[str, Captions]:
     return captions
 
 
+def uncaptioned(folder: Path) -> dict[str, Captions]:
+    """The pictures that lie in a folder, without a caption. Raises ValueError if there is none."""
+    names = [path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not names:
+        raise ValueError(f"{folder} holds no picture: expected some with {', '.join(sorted(IMAGE_SUFFIXES))}")
+    return {name: {} for name in names}
+
+
 def problem_of(folder: Path, name: str) -> str | None:
     """Why a name is not that of a file in the folder, or None if it is."""
     try:

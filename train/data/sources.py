@@ -14,7 +14,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from train.batches.buckets import Buckets, Size, bucket_sizes, sort_into_buckets
-from train.data.captions import Captions, captions_of, plain, read_captions, tell_kinds
+from train.data.captions import Captions, captions_of, plain, read_captions, tell_kinds, uncaptioned
 from train.data.pictures import UNREADABLE, opacity, open_checked, tell_rejected, upright, upright_size
 from train.data.scenes import SceneSource
 from train.data.sizes import find_sizes
@@ -45,6 +45,9 @@ class DataConfig:
     caption_column: str = "text"  # of a dataset, of a folder's metadata file, or of .json files in tars
     captions: dict[str, float] | None = (
         None  # several such columns and their weights, as {long: 95, short: 5}
+    )
+    caption: str | None = (
+        None  # of every picture, whatever the data says, as "a photo of sks dog"; null: its own
     )
     dataset_split: str = "train"  # of a dataset
     max_bad_fraction: float = 0.01  # of the pictures that may be unreadable and are left out
@@ -101,6 +104,12 @@ def sort_source(source: Source, config: DataConfig, kept: Path | None = None) ->
 
 def open_source(config: DataConfig) -> Source:
     """The source that a recipe names. Raises ValueError when there is none or it holds no usable picture."""
+    source = find_source(config)
+    return source if config.caption is None else OneCaption(source, config)
+
+
+def find_source(config: DataConfig) -> Source:
+    """The same with the captions that it has."""
     if config.source in STYLES:
         return Scenes(config)
     tars = (config.source, config.kinds, config.max_bad_fraction)
@@ -116,6 +125,22 @@ def open_source(config: DataConfig) -> Source:
             f"no such folder {config.source}; data.source is {', '.join(STYLES)}, a folder or a dataset"
         )
     return HubDataset(config)
+
+
+class OneCaption:
+    """A source whose pictures all have the caption of the recipe."""
+
+    def __init__(self, source: Source, config: DataConfig) -> None:
+        self.source, self.rejected, self.mask = source, source.rejected, source.mask
+        self.size, self.contents = source.size, source.contents
+        self.captions = {config.kinds[0]: [config.caption or ""]}
+        self.description = f"{source.description}, all captioned {config.caption!r}"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Captions]:
+        return self.source[index][0], self.captions
 
 
 class Scenes:
@@ -163,7 +188,7 @@ class ImageFolder:
 
     def __init__(self, folder: Path, config: DataConfig) -> None:
         self.folder = folder
-        captions = read_captions(folder, config.kinds)
+        captions = read_captions(folder, config.kinds) if config.caption is None else uncaptioned(folder)
         self.rejected: dict[str, str] = {}  # name -> why
         self.entries: list[tuple[str, Captions]] = []
         self.sizes: list[Size] = []

@@ -152,7 +152,7 @@ def train_step(
     """One optimizer step on one global batch; skipped and counted if its gradients are not finite."""
     rate = learning_rate(config.optim, state.step, config.steps)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("times", 1.0)
     values: dict[str, Tensor] = {}
     for micro in range(plan.micro_batches):
         batch = {name: value.to(accelerator.device) for name, value in batches.next().items()}

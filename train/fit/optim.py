@@ -138,6 +138,7 @@ def hidden(p: nn.Parameter) -> bool:
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer over the trained parameters of `module`; vectors (biases, norms) are not decayed.
 
+    module.RATES, where it has some: the learning rate of a part in that of the recipe, by the part's name.
     Raises ValueError for adamw8bit where bitsandbytes is not installed.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -150,12 +151,26 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
     ]
     if muon:
         groups.append({"params": muon, "weight_decay": config.weight_decay, "momentum": config.momentum})
+    groups = [part for group in groups for part in by_rate(group, module)]
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.optimizer == "adamw8bit":
         return adamw8bit(groups, **options)
     kind = Muon if muon else torch.optim.AdamW
     # fused on the CPU too: there, one pass over the weights in all threads is three times as fast as foreach
     return kind(groups, fused=True, **options)
+
+
+def by_rate(group: dict[str, Any], module: nn.Module) -> list[dict[str, Any]]:
+    """The group, cut: apart is what has a learning rate of its own, so many `times` that of the recipe."""
+    rates: Mapping[str, float] = getattr(module, "RATES", {})
+    apart = {
+        p: rates[name.split(".")[0]] for name, p in module.named_parameters() if name.split(".")[0] in rates
+    }
+    groups = [{**group, "params": [p for p in group["params"] if p not in apart]}]
+    for times in sorted(set(apart.values())):
+        params = [p for p in group["params"] if apart.get(p) == times]
+        groups.append({**group, "params": params, "times": times})
+    return groups
 
 
 def adamw8bit(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -126,7 +126,7 @@ class SavedForBackward(saved_tensors_hooks):
 
     def __init__(self, state: State) -> None:
         self.bytes, self.forward = 0, True
-        self.seen = {p.untyped_storage().data_ptr() for p in state.module.parameters()}
+        self.seen = {value.untyped_storage().data_ptr() for value in weights(state.module)}
         super().__init__(self.pack, self.unpack)
 
     def pack(self, tensor: Tensor) -> Tensor:
@@ -141,6 +141,13 @@ class SavedForBackward(saved_tensors_hooks):
         return tensor
 
 
+def weights(module: nn.Module) -> Iterator[Tensor]:
+    """Those of the module, and of the frozen model that it works on where there is one beside it."""
+    yield from module.state_dict().values()
+    for model in getattr(module, "outside", ()):
+        yield from model.state_dict().values()
+
+
 def bytes_of(state: State) -> dict[str, int]:
     """What the state of a run takes on each rank."""
 
@@ -149,7 +156,7 @@ def bytes_of(state: State) -> dict[str, int]:
 
     averages = [tensor for ema in (state.ema, *state.powers.values()) for tensor in ema.average.values()]
     return {
-        "weights": size(state.module.state_dict().values()),
+        "weights": size(weights(state.module)),
         "gradients": size(p for p in state.module.parameters() if p.requires_grad),
         "optimizer": size(optimizer_tensors(state.optimizer, state.module).values()),
         "averages": size(averages),

@@ -150,11 +150,19 @@ def setting(config: UNetConfig, name: str) -> Any:
 class LatentDiffusion:
     """Trains a UNet, and with it a text encoder if the recipe says so, on cached latents."""
 
-    def __init__(self, recipe: DiffusionRecipe, autoencoder: Path, latents: Latents) -> None:
+    def __init__(
+        self,
+        recipe: DiffusionRecipe,
+        autoencoder: Path,
+        latents: Latents,
+        scheduler: Scheduler | None = None,
+    ) -> None:
+        """scheduler: of a model that was there before; None: the one of new models for the recipe."""
         self.recipe, self.latents = recipe, latents
         self.buckets = [bucket.indices for bucket in latents.buckets]
         self.vae = load_model(AutoencoderKL, autoencoder).requires_grad_(False)
-        self.scheduler = Scheduler.default(recipe.objective.prediction, recipe.objective.zero_terminal_snr)
+        objective = recipe.objective
+        self.scheduler = scheduler or Scheduler.default(objective.prediction, objective.zero_terminal_snr)
         torch.manual_seed(recipe.seed)  # initial weights
         self.text_encoder, self.tokenizer = build_text_encoder(
             recipe.text_encoder, list(latents.captions.values())

@@ -1,0 +1,174 @@
+"""Training beside a finished model, whose weights stay as they are: what LoRA, DreamBooth and textual
+inversion share.
+
+What learns is a small module; the model it works on is called by it, moves with it, and is no part of it. So
+checkpoints, averages and optimizer hold what learns alone, and a hash says which model it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from autoencoder.vae import AutoencoderKL
+from ldm.checkpoint import load_model
+from ldm.config import read_config, read_json
+from ldm.hub import find_folder
+from ldm.options import Defaults
+from ldm.parts import DEFAULTS
+from ldm.pipeline import BUNDLED
+from ldm.scheduler import Scheduler
+from ldm.stock import SD, read_index
+from ldm.unet import UNetConfig
+from train.batches.encoding import compute_latents
+from train.batches.latents import Latents, autoencoder_folder
+from train.config import config_fields
+from train.data.sources import DataConfig
+from train.fit.checkpoint import weights_sha256
+from train.fit.loop import cpu_only
+from train.fit.shards import wants_shards
+from train.fit.state import FitConfig
+from train.tasks.denoising import Diffusion, ObjectiveConfig
+from train.tasks.diffusion import DiffusionRecipe, LatentDiffusion
+from train.tasks.text import TextConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningRecipe(FitConfig):
+    """Training of something small beside a model that stays as it is."""
+
+    model: str = "bundled"  # folder or hub id of a pipeline; bundled: the one that comes with this package
+    latents: str | None = None  # folder that encode_latents.py wrote; null: computed into the run folder
+    data: DataConfig = field(default_factory=DataConfig)
+    gradient_checkpointing: bool = False  # of the UNet: much less memory for a third more time
+    weight: str | None = None  # of the loss, by the noise level: a name in WEIGHTS; null: what suits the rest
+    timestep_shift: float = 1.0  # of the timesteps drawn; below 1: less noise, which small latents want
+    caption_dropout: float = 0.0  # of the samples get the empty prompt, which guidance compares with
+    mask_weight: float = 1.0  # of an error within a figure or an opaque pixel; around them it weighs 1
+    prompts: tuple[str, ...] = ()  # of the pictures drawn while training; none: captions of the data
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if wants_shards(PartialState(cpu=cpu_only()).distributed_type):
+            raise ValueError(
+                "weights in shards are for what learns, and here that is small: leave out --use_fsdp, and "
+                "use accelerate launch --multi_gpu for several ranks"
+            )
+
+
+def model_folder(recipe: TuningRecipe) -> Path:
+    """The folder of the model to tune. Raises ValueError if it is none, or not of Stable Diffusion's kind."""
+    folder = BUNDLED if recipe.model == "bundled" else find_folder(recipe.model)
+    layout, _ = read_index(folder)
+    if layout is not SD:
+        raise ValueError(
+            f"model={recipe.model!r} is a {layout.stock_class}: only {SD.stock_class} is trained"
+        )
+    return folder
+
+
+def read_scheduler(folder: Path) -> Scheduler:
+    return Scheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
+
+
+def whole_recipe(recipe: TuningRecipe, folder: Path) -> DiffusionRecipe:
+    """The recipe that would train the whole model further: its parts, and what it predicts."""
+    scheduler, defaults = read_scheduler(folder), folder / DEFAULTS
+    objective = ObjectiveConfig(
+        prediction=scheduler.prediction,
+        zero_terminal_snr=float(scheduler.schedule.alpha[-1]) == 0.0,
+        weight=recipe.weight,
+        timestep_shift=recipe.timestep_shift,
+        caption_dropout=recipe.caption_dropout,
+        mask_weight=recipe.mask_weight,
+    )
+    return DiffusionRecipe(
+        **{name: getattr(recipe, name) for name in config_fields(FitConfig)},
+        autoencoder=str(folder),
+        latents=recipe.latents,
+        data=recipe.data,
+        text_encoder=TextConfig(path=str(folder), train=False),
+        unet=read_config(UNetConfig, read_json(folder / "unet/config.json"), folder / "unet/config.json"),
+        start=str(folder),
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        objective=objective,
+        prompts=recipe.prompts,
+        sampling=read_config(Defaults, read_json(defaults), defaults) if defaults.exists() else Defaults(),
+    )
+
+
+def latents_of(recipe: TuningRecipe, folder: Path) -> Latents:
+    """The latents of the recipe's pictures by the model's autoencoder; missing ones are computed first."""
+    return compute_latents(
+        recipe.data,
+        autoencoder_folder(folder),
+        Path(recipe.latents or Path(recipe.output, "latents")),
+        masks=recipe.mask_weight != 1,
+        accept_new_data=recipe.accept_new_data and recipe.latents is None,
+    )
+
+
+def made_up_latents(recipe: TuningRecipe, folder: Path) -> Latents:
+    """Latents of made-up numbers of the same shape, for a plan."""
+    from train.fit.planning import made_up  # which knows the other tasks
+
+    return made_up(recipe.data, load_model(AutoencoderKL, autoencoder_folder(folder)).config)
+
+
+class Tuned(nn.Module):
+    """What learns, by name: the module in training. `model`, which computes the loss with it, is no part."""
+
+    def __init__(
+        self, model: Diffusion, parts: Mapping[str, nn.Module], rates: Mapping[str, float] | None = None
+    ) -> None:
+        """rates: of learning of a part in that of the recipe, by its name; 1 where there is none."""
+        super().__init__()
+        self.outside = (model.requires_grad_(False).eval(),)  # a tuple, in which torch looks for no module
+        self.RATES = dict(rates or {})
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    @property
+    def model(self) -> Diffusion:
+        return self.outside[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tuned:
+        """The model goes along to every device and memory layout."""
+        self.model._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def forward(self, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss (B,) and further values to log; batch: as Diffusion takes it."""
+        return self.model(**batch)
+
+
+class Tuning(LatentDiffusion):
+    """The task of training something beside the UNet and the text encoder of a model."""
+
+    def __init__(self, recipe: TuningRecipe, folder: Path, latents: Latents) -> None:
+        super().__init__(
+            whole_recipe(recipe, folder), autoencoder_folder(folder), latents, read_scheduler(folder)
+        )
+        self.facts = {**self.facts, "model": weights_sha256(self.unet.state_dict())}
+
+    def loss_model(self, through_text: bool) -> Diffusion:
+        """The frozen model and its loss. through_text: gradients pass the text encoder, too."""
+        return Diffusion(self.unet, self.text_encoder, self.scheduler, self.recipe.objective, through_text)
+
+
+Spelling = Literal["diffusers", "kohya"]
+
+
+def peft_settings(
+    kind: str, rank: int, alpha: float, dropout: float, ends: tuple[str, ...]
+) -> dict[str, Any]:
+    """What peft's configuration of these adapters says: diffusers reads it from the header of a file."""
+    if kind == "lokr":
+        return {"r": rank, "alpha": alpha, "target_modules": list(ends)}
+    settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": list(ends)}
+    return {**settings, "bias": "none", "use_dora": kind == "dora"}

@@ -1,0 +1,50 @@
+"""Train adapters (LoRA, LoCon, LoHa, LoKr, DoRA) beside a model, which stays as it is; DreamBooth, too.
+
+  python train/train_lora.py                                  the bundled model learns a style, in minutes
+  accelerate launch train/train_lora.py --config configs/dreambooth.yaml
+  accelerate launch train/train_lora.py --model my_sd15 --data.source my_pictures --data.size 512
+  python train/train_lora.py --adapter dora --rank 16 --train-text-encoder --text-encoder-lr 5e-5
+
+The run folder gets checkpoints (of the adapters alone), metrics.jsonl, samples/ and, at the end, model/ with
+one small file: `pipe.load_lora_weights("RUN/model")` in diffusers. The same command goes on where it stopped,
+bit for bit. With prior.prompt the model first draws pictures of that class, and goes on learning them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from train.command import command
+from train.config import parse
+from train.fit.loop import fit
+from train.tasks.lora import Lora, LoraRecipe
+from train.tasks.prior import prior_latents
+from train.tasks.tuning import latents_of, made_up_latents, model_folder
+
+DEFAULT = "configs/lora.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says; returns the exit code, 75 when stopped early and resumable."""
+    recipe = parse(LoraRecipe, sys.argv[1:] if argv is None else argv, DEFAULT, __doc__ or "")
+    folder = model_folder(recipe)
+    if recipe.plan:
+        from train.fit.planning import Stage, show_plan
+
+        latents = made_up_latents(recipe, folder)
+        prior = latents if recipe.prior.prompt else None
+        show_plan([Stage("adapters", Lora(recipe, folder, latents, prior), recipe)], recipe.price)
+        return 0
+    outcome = fit(Lora(recipe, folder, latents_of(recipe, folder), prior_latents(recipe, folder)), recipe)
+    if outcome.finished:
+        print(outcome.model)
+    return outcome.exit_code
+
+
+if __name__ == "__main__":
+    command(main)
