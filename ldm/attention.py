@@ -59,8 +59,8 @@ def automatic(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def by_native_kernel(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Our own kernel, for float32 on a CPU and no gradient; what it does not take goes the automatic way."""
-    return (native.attention if native.takes(q, k, v) else automatic)(q, k, v, heads)
+    """Our own kernel, on a CPU and for no gradient; what it does not take goes the automatic way."""
+    return (native.attention if native.attends(q, k, v) else automatic)(q, k, v, heads)
 
 
 BACKENDS: dict[str, Kernel] = {

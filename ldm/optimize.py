@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from autoencoder.layers import AttentionBlock, GroupNormSiLU, to_image, to_tokens
 from ldm import native
 from ldm.attention import GEGLU, CrossAttention, SelfAttentionBlock
+from ldm.devices import default_dtype
 
 if TYPE_CHECKING:
     from ldm.pipeline import LatentDiffusionPipeline
@@ -29,11 +30,7 @@ def optimize(pipe: LatentDiffusionPipeline) -> None:
     if pipe.offloaded:
         raise ValueError("optimize: offloaded models move for each use; call pipe.to(device) first")
     if pipe.device.type == "cpu":
-        if pipe.dtype != torch.float32:
-            raise ValueError(
-                f"optimize: on a CPU it is for float32 and the models are {pipe.dtype}; load them with "
-                "dtype=torch.float32 (--dtype fp32)"
-            )
+        check_type(pipe.dtype)
         for model in (pipe.text_encoder, pipe.unet, pipe.vae):
             use_kernels(model)
     else:
@@ -43,21 +40,38 @@ def optimize(pipe: LatentDiffusionPipeline) -> None:
 
 def pays(pipe: LatentDiffusionPipeline) -> bool:
     """Whether the command line does it unasked: for pictures that take long on a CPU, where there is g++."""
-    if pipe.device.type != "cpu" or pipe.dtype != torch.float32:
+    if pipe.device.type != "cpu" or pipe.dtype not in (torch.float32, default_dtype(pipe.device)):
         return False
     if sum(weight.numel() for weight in pipe.unet.parameters()) < LARGE:
         return False
     try:
         native.check()
+        check_type(pipe.dtype)
     except ValueError as error:
         log.warning("drawn without native kernels, which would be faster: %s", error)
         return False
     return True
 
 
+def check_type(dtype: torch.dtype) -> None:
+    """Raises ValueError, which says why, unless this CPU has kernels for float32, or bfloat16 with AMX."""
+    reason = ""
+    if dtype == torch.bfloat16:
+        try:
+            native.check_tiles()
+        except ValueError as error:
+            reason = f" ({error})"
+    if reason or dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"optimize: on this CPU it is for float32 and the models are {dtype}{reason}; load them with "
+            "dtype=torch.float32 (--dtype fp32)"
+        )
+
+
 def use_kernels(model: nn.Module) -> None:
     """Replaces the forward of layers, on these objects alone, by kernels for float32 on a CPU.
 
+    Attention has one for bfloat16 too, where the CPU has AMX; its other layers are best as torch has them.
     Weights, names and types stay as they are, and so does what is computed in another type, on another device
     or for gradients. Raises ValueError, which says why, if there are no kernels here.
     """
