@@ -13,6 +13,7 @@ from autoencoder.layers import AttentionBlock, GroupNormSiLU, to_image, to_token
 from ldm import native
 from ldm.attention import GEGLU, CrossAttention, SelfAttentionBlock
 from ldm.devices import default_dtype
+from ldm.native.memory import keep_pages
 
 if TYPE_CHECKING:
     from ldm.pipeline import LatentDiffusionPipeline
@@ -31,6 +32,7 @@ def optimize(pipe: LatentDiffusionPipeline) -> None:
         raise ValueError("optimize: offloaded models move for each use; call pipe.to(device) first")
     if pipe.device.type == "cpu":
         check_type(pipe.dtype)
+        keep_pages()
         for model in (pipe.text_encoder, pipe.unet, pipe.vae):
             use_kernels(model)
     else:
