@@ -19,7 +19,9 @@ from ldm.attention import (
     SpatialTransformer,
     by_native_kernel,
 )
+from ldm.devices import default_dtype
 from ldm.native import int8
+from ldm.native.memory import keep_pages
 from ldm.quantized import quantize, why_not
 
 if TYPE_CHECKING:
@@ -42,13 +44,15 @@ def optimize(pipe: LatentDiffusionPipeline, quantization: str | None = None) -> 
     if quantization and (reason := why_not(quantization, pipe.device)):
         raise ValueError(f"quantize={quantization}: {reason}; leave it out")
     if pipe.device.type == "cpu":
-        if pipe.dtype != torch.float32:
+        check_type(pipe.dtype)
+        if quantization and pipe.dtype != torch.float32:
             raise ValueError(
-                f"optimize: on a CPU it is for float32 and the models are {pipe.dtype}; load them with "
-                "dtype=torch.float32 (--dtype fp32)"
+                f"quantize={quantization}: on a CPU it is for float32 and the models are {pipe.dtype}; load "
+                "them with dtype=torch.float32 (--dtype fp32)"
             )
         if quantization == "int8":
             int8.check()  # before anything is changed
+        keep_pages()
         for model in pipe.models:
             use_kernels(model)
         if quantization == "int8":
@@ -62,21 +66,38 @@ def optimize(pipe: LatentDiffusionPipeline, quantization: str | None = None) -> 
 
 def pays(pipe: LatentDiffusionPipeline) -> bool:
     """Whether the command line does it unasked: for pictures that take long on a CPU, where there is g++."""
-    if pipe.device.type != "cpu" or pipe.dtype != torch.float32:
+    if pipe.device.type != "cpu" or pipe.dtype not in (torch.float32, default_dtype(pipe.device)):
         return False
     if sum(weight.numel() for weight in pipe.unet.parameters()) < LARGE:
         return False
     try:
         native.check()
+        check_type(pipe.dtype)
     except ValueError as error:
         log.warning("drawn without native kernels, which would be faster: %s", error)
         return False
     return True
 
 
+def check_type(dtype: torch.dtype) -> None:
+    """Raises ValueError, which says why, unless this CPU has kernels for float32, or bfloat16 with AMX."""
+    reason = ""
+    if dtype == torch.bfloat16:
+        try:
+            native.check_tiles()
+        except ValueError as error:
+            reason = f" ({error})"
+    if reason or dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"optimize: on this CPU it is for float32 and the models are {dtype}{reason}; load them with "
+            "dtype=torch.float32 (--dtype fp32)"
+        )
+
+
 def use_kernels(model: nn.Module) -> None:
     """Replaces the forward of layers, on these objects alone, by kernels for float32 on a CPU.
 
+    Attention has one for bfloat16 too, where the CPU has AMX; its other layers are best as torch has them.
     Weights, names and types stay as they are, and so does what is computed in another type, on another device
     or for gradients. Raises ValueError, which says why, if there are no kernels here.
     """

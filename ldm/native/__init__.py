@@ -1,4 +1,5 @@
-"""Kernels for CPUs, in C++: float32, for inference. `ldm.optimize` puts them into models.
+"""Kernels for CPUs, in C++: float32, and attention in bfloat16, for inference. `ldm.optimize` puts them into
+models.
 
 They answer as torch's do but for rounding, and the same whatever the number of threads.
 """
@@ -20,10 +21,10 @@ WIDEST = 256  # channels of a head that `attends` takes
 CHANNELS = 32  # the channels of a layer are a multiple of it, whatever the vectors of a CPU hold
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Are these for the kernels: float32 on a CPU, and nobody wants a gradient?"""
+def takes(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Are these for the kernels: of this type on a CPU, and nobody wants a gradient?"""
     return (
-        all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+        all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
@@ -31,8 +32,13 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def attends(q: Tensor, k: Tensor, v: Tensor, heads: int) -> bool:
-    """Is `attention` to be used? Wide heads are little but matrix products, and torch's are faster there."""
-    return q.shape[-1] // heads <= WIDEST and takes(q, k, v)
+    """Is `attention` to be used: for float32, or bfloat16 where the CPU has tiles for it?
+
+    Wide heads are little but matrix products, and torch's are faster there.
+    """
+    if q.shape[-1] // heads > WIDEST:
+        return False
+    return takes(q, k, v) or (takes(q, k, v, dtype=torch.bfloat16) and tiles())
 
 
 @cache
@@ -63,6 +69,34 @@ def check() -> None:
             )
 
 
+@cache
+def tiles() -> bool:
+    """Can bfloat16 be multiplied on the tiles of this CPU (AMX)?"""
+    try:
+        check_tiles()
+    except ValueError:
+        return False
+    return True
+
+
+def check_tiles() -> None:
+    """Raises ValueError, which says why, if this CPU has no tiles or the kernel on them answers wrong."""
+    if not library().tiles():
+        raise ValueError(
+            "native kernels: bfloat16 needs a CPU with AMX, a Linux that permits it, and GCC 11 or later"
+        )
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 80, generator=random).bfloat16() for n in (45, 203, 203))
+    apart = [each.float().unflatten(-1, (2, 40)).transpose(1, 2) for each in (q, k, v)]
+    true = F.scaled_dot_product_attention(*apart).transpose(1, 2).flatten(2)
+    off = (attention(q, k, v, 2).float() - true).abs().max()
+    if not off < 1e-2:  # of numbers below 1
+        raise ValueError(
+            f"native kernels: attention on AMX tiles differs from torch's by {off:.2g}, so this compiler "
+            "cannot be trusted with it on this CPU; set CXX to another g++"
+        )
+
+
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 3x3 convolution with padding 1 by Winograd's F(4x4, 3x3) (Lavin & Gray 2016).
 
@@ -81,13 +115,27 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """softmax(q k^T / sqrt(D)) v in each head (Dao et al. 2022, algorithm 1).
 
-    q: (B, N, heads * D). k, v: (B, M, heads * D). Returns (B, N, heads * D).
+    q: (B, N, heads * D). k, v: (B, M, heads * D). Returns (B, N, heads * D). All are float32 or all bfloat16;
+    sums are float32.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, n, width = q.shape
-    out = POOL.empty(batch, n, width)
+    half = q.dtype == torch.bfloat16
+    out = torch.empty(batch, n, width, dtype=q.dtype) if half else POOL.empty(batch, n, width)
     strides = (step for x in (q, k, v) for step in x.stride()[:2])
-    call("attention", q, k, v, out, batch, n, k.shape[1], heads, width // heads, *strides)
+    call(
+        "attention_bf16" if half else "attention",
+        q,
+        k,
+        v,
+        out,
+        batch,
+        n,
+        k.shape[1],
+        heads,
+        width // heads,
+        *strides,
+    )
     return out
 
 

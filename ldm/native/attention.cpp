@@ -16,19 +16,13 @@ constexpr int PANEL = 2 * W;             // keys side by side
 constexpr int64_t DEPTH = 128;           // values that are added up at a time, for the first cache
 constexpr int64_t CACHED = 1 << 16;      // floats of a block's keys, for the second
 
-struct Rows {  // of one head in (batch, n, heads * D)
-  const float* p;
-  int64_t stride;
-  const float* operator[](int64_t n) const { return p + n * stride; }
-};
-
 // A head's keys, (m / PANEL, D, PANEL), and values, (m, width); what is beyond is 0.
 struct Memory {
   int64_t m, d, width;
   Scratch keys, values;
   Memory(int64_t m, int64_t d)
       : m(m), d(d), width(up(d, W)), keys(up(m, PANEL) * d), values(m * width) {}
-  void read(Rows k, Rows v) {
+  void read(Rows<float> k, Rows<float> v) {
     memset(keys.p, 0, 4 * up(m, PANEL) * d);
     memset(values.p, 0, 4 * m * width);
     for (int64_t i = 0; i < m; i++) {
@@ -82,7 +76,7 @@ struct Block {  // of queries: memory of one thread
   Scratch queries, scores, out;
   Block(int64_t d) : queries(QUERIES * d), scores(QUERIES * KEYS), out(QUERIES * up(d, W)) {}
 
-  void attend(Rows q, int64_t n, const Memory& memory, float scale, float* to, int64_t to_stride) {
+  void attend(Rows<float> q, int64_t n, const Memory& memory, float scale, float* to, int64_t to_stride) {
     const int64_t d = memory.d, width = memory.width;
     const int64_t keys = std::max<int64_t>(PANEL, std::min<int64_t>(KEYS, CACHED / d / PANEL * PANEL));
     float most[QUERIES], total[QUERIES];

@@ -89,7 +89,7 @@ inline void tile(const uint8_t* x, const int8_t* w, int64_t depth, Wide (&sum)[M
 }
 #endif
 
-struct Rows {  // of x
+struct Bytes {  // of x
   const uint8_t* bytes;
   const float *low, *step;
   int64_t depth;
@@ -107,7 +107,7 @@ struct Map {
 
 // M rows of y from `row` on, in a panel.
 template <int M>
-inline void some_rows(const Rows& x, int64_t row, const Map& map, int64_t panel, float* y, int64_t ldy) {
+inline void some_rows(const Bytes& x, int64_t row, const Map& map, int64_t panel, float* y, int64_t ldy) {
   Wide sum[M][2] = {};
   tile<M>(x.bytes + row * x.depth, map.weight + panel * PANEL * x.depth, x.depth, sum);
   for (int i = 0; i < M; i++) {
@@ -122,7 +122,7 @@ inline void some_rows(const Rows& x, int64_t row, const Map& map, int64_t panel,
 
 // Rows from `row` to `end`: as many as fit by M, then the rest.
 template <int M>
-inline void rows_of(const Rows& x, int64_t row, int64_t end, const Map& map, int64_t panel, float* y, int64_t ldy) {
+inline void rows_of(const Bytes& x, int64_t row, int64_t end, const Map& map, int64_t panel, float* y, int64_t ldy) {
   for (; row + M <= end; row += M) some_rows<M>(x, row, map, panel, y, ldy);
   if constexpr (M > 1) rows_of<M / 2>(x, row, end, map, panel, y, ldy);
 }
@@ -167,7 +167,7 @@ extern "C" void int8_linear(const float* x, const int8_t* weight, const float* s
   const int64_t wanted = up(4 * threads, groups) / groups;  // parts of the rows, so that all threads have work
   const int64_t most = std::max<int64_t>(CACHED / depth / ROWS, 1) * ROWS;
   const int64_t part = std::min(most, up(up(rows, wanted) / wanted, ROWS)), parts = up(rows, part) / part;
-  const Rows from{bytes, low, step, depth};
+  const Bytes from{bytes, low, step, depth};
   const Map map{weight, scale, total, bias, gated != 0};
 #pragma omp parallel num_threads(threads)
   {

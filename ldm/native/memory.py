@@ -1,9 +1,10 @@
-"""Memory for the kernels' results that is used again: the system clears its pages before it gives them, and
-that takes as long as many a layer.
+"""Memory that is used again, for the kernels' results and for torch's: the system clears its pages before it
+gives them, and that takes as long as many a layer.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 import weakref
@@ -15,6 +16,21 @@ from torch import Tensor
 LEAST = 1 << 18  # floats, 1 MiB: what is smaller the C library keeps itself
 PAGE = 1 << 16  # floats, to whose multiple blocks are rounded
 ALIGNED = 16  # floats: a line of the cache
+
+TRIM, MMAP = -1, -3  # glibc's malloc.h: M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, in bytes
+
+
+def keep_pages() -> bool:
+    """From now on the C library keeps what this process gives back, for torch's operators to use again.
+
+    False where it is not glibc, of which alone that can be asked. Nothing is kept longer than the process.
+    """
+    most = (1 << 31) - 1
+    try:
+        libc = ctypes.CDLL(None)
+        return bool(libc.mallopt(MMAP, most) and libc.mallopt(TRIM, most))
+    except (AttributeError, OSError, TypeError):  # no such function, or on Windows no such name
+        return False
 
 
 class Pool:

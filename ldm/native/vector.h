@@ -6,6 +6,10 @@
 #include <cstdlib>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
 constexpr int W = 16;  // floats in a vector
 #elif defined(__AVX__)
 constexpr int W = 8;
@@ -20,7 +24,22 @@ typedef int32_t Int __attribute__((vector_size(4 * W), aligned(4), may_alias));
 static inline Vec load(const float* p) { return *(const Vec*)p; }
 static inline void store(float* p, Vec x) { *(Vec*)p = x; }
 static inline Vec all(float x) { return x - Vec{}; }  // x - 0 is x, and so becomes a broadcast
+// Of each pair; b where either is not a number.
+static inline Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);  // GCC 12 compares and blends
+#else
+  return a > b ? a : b;
+#endif
+}
 static inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <typename T>
+struct Rows {  // of one head in (batch, n, heads * D)
+  const T* p;
+  int64_t stride;
+  const T* operator[](int64_t n) const { return p + n * stride; }
+};
 
 // Memory of one call, of one thread.
 struct Scratch {
@@ -47,6 +66,17 @@ static inline void transpose(Vec* x) {
     }
     for (int i = 0; i < W; i++) x[i] = y[i];
   }
+}
+
+// The largest of them.
+static inline float largest(Vec x) {
+#pragma GCC unroll 4
+  for (int step = W / 2; step > 0; step /= 2) {
+    Int other;
+    for (int q = 0; q < W; q++) other[q] = q ^ step;
+    x = larger(x, __builtin_shuffle(x, other));
+  }
+  return x[0];
 }
 
 // C = A B, or C += A B, for M rows of A, k columns, and N vectors of columns of B, all row by row with strides
@@ -95,16 +125,25 @@ static inline void product(int64_t rows, const float* a, int64_t lda, const floa
   last_rows<M, N>(rows - i, a + i * lda, lda, b, ldb, k, c + i * ldc, ldc, add);
 }
 
-// 2^x for x <= 0, about 1e-38 below -126: relative error 3e-7. The whole part of x goes into the exponent's bits; on
-// what is left, [-1/2, 1/2], the polynomial is the one of degree 5 whose largest relative error is smallest.
+// 2^x for x <= 0, about 1e-38 below -126: relative error 3e-7, or 1e-4 with DEGREE 3. The whole part of x goes into the
+// exponent's bits; on what is left, [-1/2, 1/2], the polynomial is the one of its degree whose largest relative error is
+// smallest.
+template <int DEGREE = 5>
 static inline Vec pow2(Vec x) {
-  x = x > -126.f ? x : all(-126.f);
+  static_assert(DEGREE == 3 || DEGREE == 5, "there are two polynomials");
+  x = larger(all(-126.f), x);      // what is not a number stays so
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number, in the lowest bits
-  Vec shifted = x + magic, f = x - (shifted - magic);
-  Vec p = f * 0.0013276472f + 0.009675541f;
-  p = p * f + 0.05550713f;
-  p = p * f + 0.24022120f;
-  p = p * f + 0.69314694f;
-  p = p * f + 1.0000001f;
+  Vec shifted = x + magic, f = x - (shifted - magic), p;
+  if (DEGREE == 3) {
+    p = f * 0.0551716686f + 0.242611124f;
+    p = p * f + 0.693260986f;
+    p = p * f + 0.999928073f;
+  } else {
+    p = f * 0.0013276472f + 0.009675541f;
+    p = p * f + 0.05550713f;
+    p = p * f + 0.24022120f;
+    p = p * f + 0.69314694f;
+    p = p * f + 1.0000001f;
+  }
   return (Vec)((Int)p + ((Int)shifted << 23));
 }
