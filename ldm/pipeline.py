@@ -168,8 +168,9 @@ class LatentDiffusionPipeline(Movable):
     def optimize(self) -> Self:
         """Switches on what is faster here and costs some seconds first; pictures differ by rounding alone.
 
-        On a CPU, in float32: kernels in C++ that g++ compiles once for this machine. They keep the memory of
-        their results for the next. On an accelerator: torch.compile, anew for every size and batch.
+        On a CPU, in float32: kernels in C++ that g++ compiles once for this machine; in bfloat16, where the
+        CPU has AMX, one for attention. The process keeps the memory that it has used, for the next picture.
+        On an accelerator: torch.compile, anew for every size and batch.
         Raises ValueError, which says why and what to do, where it cannot be had.
         """
         from ldm.optimize import optimize  # only who asks for it needs it
