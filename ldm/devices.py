@@ -1,4 +1,4 @@
-"""Where the models of a pipeline compute: device, dtype, and offloading for accelerators of little memory."""
+"""Where and how the models of a pipeline compute: device, dtype, kernels, and offloading for little memory."""
 
 from __future__ import annotations
 
@@ -92,13 +92,15 @@ def lender(device: torch.device) -> Present:
 
 
 class Movable:
-    """Models that compute on one device, and move there together or when they are needed."""
+    """Models that compute on one device, move there together or when they are needed, and may be sped up."""
 
     models: tuple[nn.Module, ...]  # every one that computes
     unet: UNet
     _dtype_by_device = False  # from_pretrained chose the dtype: .to(device) chooses again
     _host: torch.device | None = None  # of offloaded models: where they compute
     _present: Present = staticmethod(stay)
+    optimized = False  # see optimize
+    quantization: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -143,6 +145,30 @@ class Movable:
             if memory_format is not None:
                 model.to(memory_format=memory_format)  # type: ignore[call-overload]
         return self
+
+    def optimize(self, *, quantize: str | None = None) -> Self:
+        """Switches on what is faster here and costs some seconds first; pictures differ by rounding alone.
+
+        On a CPU, in float32: kernels in C++ that g++ compiles once for this machine; in bfloat16, where the
+        CPU has AMX, one for attention. The process keeps the memory that it has used, for the next picture.
+        On an accelerator: torch.compile, anew for every size and batch.
+        quantize: "int8", or "fp8" on a GPU, for the linear maps of the UNet's transformers: faster still, but
+        pictures differ a little. Weights that are changed later need it again.
+        Raises ValueError, which says why and what to do, where it cannot be had.
+        """
+        from ldm.optimize import optimize  # only who asks for it needs it
+
+        optimize(self, quantize)  # type: ignore[arg-type]
+        self.optimized, self.quantization = True, quantize
+        return self
+
+    def enable_xformers_memory_efficient_attention(self) -> None:
+        """The UNet's attention by xformers alone. Raises ValueError, which says why, where it cannot run."""
+        self.unet.set_attention_backend("xformers")
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """The UNet's attention by xformers on CUDA where it can run, else torch's own: as from the start."""
+        self.unet.set_attention_backend("auto")
 
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: str | torch.device | None = None

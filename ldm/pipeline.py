@@ -68,8 +68,6 @@ class LatentDiffusionPipeline(SingleFiles, Prompting, Adaptable):
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.defaults = defaults or self.texts.defaults
         self._progress: dict[str, Any] = {}
-        self.optimized = False
-        self.quantization: str | None = None
         stock.check_fit(vae, self.texts, unet)
         options.check_choice("sampler", self.defaults.sampler or scheduler.solver, SOLVERS)
 
@@ -143,32 +141,9 @@ class LatentDiffusionPipeline(SingleFiles, Prompting, Adaptable):
         layout = self.texts.layout
         return {name: getattr(self, name) for name in (*layout.parts, *layout.settings)}
 
-    def optimize(self, *, quantize: str | None = None) -> Self:
-        """Switches on what is faster here and costs some seconds first; pictures differ by rounding alone.
-
-        On a CPU, in float32: kernels in C++ that g++ compiles once for this machine. They keep the memory of
-        their results for the next. On an accelerator: torch.compile, anew for every size and batch.
-        quantize: "int8", or "fp8" on a GPU, for the linear maps of the UNet's transformers: faster still, but
-        pictures differ a little. Weights that are changed later need it again.
-        Raises ValueError, which says why and what to do, where it cannot be had.
-        """
-        from ldm.optimize import optimize  # only who asks for it needs it
-
-        optimize(self, quantize)
-        self.optimized, self.quantization = True, quantize
-        return self
-
     def set_progress_bar_config(self, **config: Any) -> None:
         """Options of the tqdm bar, such as disable=True. It is shown where stderr is a terminal."""
         self._progress = config
-
-    def enable_xformers_memory_efficient_attention(self) -> None:
-        """The UNet's attention by xformers alone. Raises ValueError, which says why, where it cannot run."""
-        self.unet.set_attention_backend("xformers")
-
-    def disable_xformers_memory_efficient_attention(self) -> None:
-        """The UNet's attention by xformers on CUDA where it can run, else torch's own: as from the start."""
-        self.unet.set_attention_backend("auto")
 
     def enable_vae_slicing(self) -> None:
         """Nothing is left to do: images are always decoded one at a time."""

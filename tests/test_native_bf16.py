@@ -148,7 +148,9 @@ def test_its_machine_code_for_amx_answers_alike_where_each_instruction_is_trappe
         data += b"".join(x.view(torch.int16).numpy().tobytes() for x in (q, k, v))
         told = subprocess.run([program], input=data, capture_output=True, check=True).stdout
         answer = torch.frombuffer(bytearray(told), dtype=torch.bfloat16).view_as(q)
-        assert torch.equal(answer, native.attention(q, k, v, heads)), shape
+        assert error(answer, exact(q, k, v, heads)) < ROUNDING, shape
+        if not native.tiles():  # where a CPU has them it may add up in another order
+            assert torch.equal(answer, native.attention(q, k, v, heads)), shape
 
 
 @pytest.fixture
