@@ -288,6 +288,14 @@ def test_a_learned_variance_trains_resumes_and_draws(tmp_path, autoencoder):
         ObjectiveConfig(variance_weight=0)
 
 
+def test_a_unet_that_is_told_more_than_captions_is_refused(tmp_path):
+    more = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 60}
+    with pytest.raises(
+        ValueError, match=r"addition_embed_type=text_time, SDXL's: it draws but does not train"
+    ):
+        diffusion_recipe(tmp_path, unet=replace(UNET, addition_embed_type="text_time", **more))
+
+
 @pytest.mark.parametrize(
     "objective", [ObjectiveConfig(), *(pytest.param(one, marks=pytest.mark.slow) for one in (FLOW, BALANCED))]
 )
