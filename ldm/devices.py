@@ -1,4 +1,4 @@
-"""Where and how the models of a pipeline compute: device, dtype, kernels, and offloading for little memory."""
+"""Where and how the models of a pipeline compute: device, dtype, kernels, offloading for little memory."""
 
 from __future__ import annotations
 
