@@ -11,7 +11,7 @@ A LoRA, LoCon, LoHa, LoKr or DoRA is a table of small tensors, and each program 
 
   diffusers  unet.mid_block.attentions.0.proj_in.lora_A.weight             LoRA and DoRA
   kohya      lora_unet_mid_block_attentions_0_proj_in.lora_down.weight     all kinds: webui, ComfyUI, LyCORIS
-  peft       base_model.model.mid_block.attentions.0.proj_in.lora_A.weight one model, adapter_config.json beside
+  peft       base_model.model.mid_block.attentions.0.proj_in.lora_A.weight one model, config beside
 
 SOURCE may be in any of them, in CompVis' or in older ones of diffusers; the tensors are copied as they are.
 
