@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,7 @@ def configurations() -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 def test_every_kind_is_that_of_peft(tmp_path):
     """Its own files and its own merged weights; and the same again in the spellings that we write."""
     from peft import get_peft_model
@@ -150,6 +152,21 @@ def test_a_convolution_with_its_core_is_three_convolutions():
     wide, pointwise = draw(3, 5, 3, 3), draw(7, 3, 1, 1)
     whole = F.conv2d(x, deltas.lora(wide, pointwise).reshape(7, 5, 3, 3))
     torch.testing.assert_close(whole, F.conv2d(F.conv2d(x, wide), pointwise))
+
+
+def test_a_kronecker_product_acts_on_each_factor():
+    """kron(a, b) (x outer y) = (a x) outer (b y), also of factors that are products or have a core."""
+    a, b, square, x, y = draw(2, 3), draw(4, 5), torch.randn(3, 3), draw(3), draw(5)
+    product = {"w1_a": a @ torch.linalg.inv(square), "w1_b": square, "w2": b}
+    for factors in ({"w1": a, "w2": b}, product):
+        both = deltas.lokr(**factors) @ torch.outer(x, y).flatten()
+        torch.testing.assert_close(both.reshape(2, 4), torch.outer(a @ x, b @ y), atol=1e-5, rtol=1e-4)
+    core, outward, inward = draw(2, 2, 1, 1), draw(2, 4), draw(2, 5)
+    whole = outward.T @ core[:, :, 0, 0] @ inward
+    cored = deltas.lokr(w1=a, w2_a=outward, w2_b=inward, t2=core)
+    torch.testing.assert_close(cored[..., 0, 0], torch.kron(a, whole))
+    cored = deltas.loha(outward, inward, outward, inward, core, core)
+    torch.testing.assert_close(cored[..., 0, 0], deltas.loha(whole, torch.eye(5), whole, torch.eye(5)))
 
 
 def test_dora_gives_every_output_or_input_its_norm():
@@ -279,13 +296,21 @@ def test_pictures_are_those_of_stock_diffusers(pipe, stock, stock_files):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spelling", ["diffusers", "kohya"])
+@pytest.mark.parametrize("spelling", ["diffusers", "diffusers, DoRA", "kohya"])
 def test_stock_diffusers_reads_what_we_write(pipe, stock, tmp_path, spelling):
     """In kohya's with one alpha for all: diffusers 0.42 drops those that differ by layer, with a warning."""
-    kinds = (".to_q", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc2")
+    spelling, _, kind = spelling.partition(", ")
+    kinds: tuple[str, ...] = (".to_q", ".to_out.0", ".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc2")
+    kinds += (".conv1", "_shortcut") if spelling == "diffusers" else ()
     chosen = [name for name in pipe._applied.layers if name.endswith(kinds)]
     layers = {path: lora(pipe, path, 2 + i % 3, 3 / (2 + i % 3)) for i, path in enumerate(chosen)}
-    pipe._applied.add("ours", example(pipe, *chosen) if spelling == "diffusers" else Adapter(layers))
+    if spelling == "diffusers":
+        layers = dict(example(pipe, *chosen).layers)
+    for path, layer in list(layers.items()) if kind else ():
+        weight = pipe._applied.layers[path].weight.detach()
+        norms = weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.ndim - 1))
+        layers[path] = replace(layer, magnitude=1.3 * norms)
+    pipe._applied.add("ours", Adapter(layers))
     path = pipe.save_lora_weights(tmp_path, spelling=spelling)
     stock.load_lora_weights(path)
     torch.testing.assert_close(picture(pipe), theirs(stock), atol=1e-4, rtol=0)

@@ -267,9 +267,10 @@ def _peft(name: str, layer: Layer, spelling: str) -> dict[str, Tensor]:
             raise ValueError(
                 f"{name}: its DoRA has a norm for each input, which is in kohya's spelling alone"
             )
-        found[".lora_magnitude_vector"] = (
-            layer.magnitude.reshape(1, -1, 1, 1) if up.ndim > 2 else layer.magnitude.flatten()
-        )
+        end = ".lora_magnitude_vector" + (
+            ".weight" if spelling == "diffusers" else ""
+        )  # transformers asks for it
+        found[end] = layer.magnitude.reshape(1, -1, 1, 1) if up.ndim > 2 else layer.magnitude.flatten()
     return found
 
 
