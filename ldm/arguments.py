@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
             wrong = message.split()[2]
             near = difflib.get_close_matches(wrong, self._option_string_actions, n=1)
             message = f"unknown option {wrong}" + (f"; did you mean {near[0]}?" if near else "")
-        self.exit(2, f"error: {message} (see python -m ldm.generate --help)\n")
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
