@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import ldm
 from ldm.checkpoint import read_tensors
 from ldm.config import replacing
 from ldm.metrics.extractors import Extractor
-from ldm.metrics.folders import FILTERS, fingerprint
+from ldm.metrics.folders import FILTERS, Folder, fingerprint
 from ldm.metrics.moments import Moments
 
 FORMAT = "ldm-reference-1"
@@ -152,3 +153,37 @@ def check_alike(a: Collection, b: Collection, what: str) -> None:
                 f"{what} has {name}={b.stamp[name]!r}, the pictures {a.stamp[name]!r}: figures compare only "
                 f"what was seen alike{advice}"
             )
+
+
+def reference(
+    given: str, extractor: Extractor, *, count: int | None, side: int | None, keep: int, kept_as: str | None
+) -> Collection:
+    """A folder's pictures in this extractor's features, or what was kept of such under a name.
+
+    given: the folder, or the name. count, side: as Folder takes them. kept_as: a name to keep them under.
+    Raises ValueError if there is neither a folder nor a file, or if the file was made another way.
+    """
+    path = Path(os.path.expanduser(given))
+    if path.is_dir():
+        title = f"reference, {extractor.name}"
+        collection = collect(Folder(path, count=count, side=side), extractor, keep=keep, title=title)
+        if kept_as:
+            save(collection, kept_file(Path(os.path.expanduser(kept_as)), extractor))
+        return collection
+    kept = path if path.is_file() else kept_file(path, extractor)
+    if not kept.is_file():
+        raise ValueError(f"--reference {given}: neither a folder of pictures nor a file of --save-reference")
+    collection = load(kept)
+    for name, value in seen_by(extractor).items():
+        if collection.stamp[name] != value:
+            raise ValueError(
+                f"{kept} was made with {name}={collection.stamp[name]!r}, and asked for is {value!r}: "
+                "make it anew from the pictures"
+            )
+    return collection
+
+
+def kept_file(name: Path, extractor: Extractor) -> Path:
+    """Where the features of a reference are kept: a file for each extractor."""
+    stem = name.name.removesuffix(".safetensors")
+    return name.with_name(f"{stem}-{extractor.name}.safetensors")

@@ -21,18 +21,15 @@ from ldm.recipe import Recipe
 from ldm.requests import NUMBERED, read_requests
 
 PATIENCE = 600.0  # seconds without a new picture of another rank
-# of a recipe, what differs from picture to picture
-OWN = ("prompt", "seed")
+OWN = ("prompt", "seed")  # of a recipe, what differs from picture to picture
 
 
-def write_requests(prompts: str, count: int | None, seed: int, path: Path) -> list[str]:
-    """The names of `count` pictures, one a line of `prompts`, then again from its first line; as a .jsonl.
+def requests_of(prompts: str, count: int | None, seed: int) -> list[dict[str, Any]]:
+    """`count` requests, as lines of a .jsonl hold them: one a line of `prompts`, then again from its first.
 
     The i-th line has seed + i - 1 unless it says otherwise; where lines come again, their seeds go on by as
-    many as there are lines. None draws each line once. Raises ValueError for a file or count that cannot be.
+    many as there are lines. None asks for each line once. Raises ValueError for a file that cannot be.
     """
-    if count is not None and count < 2:
-        raise ValueError(f"count={count}: expected 2 or more pictures")
     asked = list(read_requests(prompts, {"seed": seed}).values())
     lines = []
     for place in range(count or len(asked)):
@@ -40,39 +37,25 @@ def write_requests(prompts: str, count: int | None, seed: int, path: Path) -> li
         values = {name: value for name, value in vars(asked[index]).items() if value is not None}
         values |= {"name": NUMBERED.format(place + 1), "seed": values["seed"] + round_ * len(asked)}
         lines.append(values)
-    with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(values) + "\n" for values in lines), encoding="utf-8")
-    return [values["name"] for values in lines]
+    return lines
 
 
-def draw(
-    prompts: str,
-    count: int | None,
-    options: Mapping[str, Any],
-    output: Path,
-    *,
-    seed: int = 0,
-    side: int | None = None,
-) -> Folder | None:
+def draw(lines: Sequence[Mapping[str, Any]], options: Mapping[str, Any], output: Path) -> Path | None:
     """The folder of the pictures, all drawn; None on a rank that is not the first, once its share is.
 
-    options: of `python -m ldm.generate`, by their names in its arguments; None is left open. side: as Folder
-    takes it.
-    Raises ValueError for what cannot be, before anything is drawn.
+    lines: as requests_of gives them. options: of `python -m ldm.generate`, by the names of its arguments, for
+    what lines leave open; None is left open. Raises ValueError for what cannot be, before anything is drawn.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    lines = output / "requests.jsonl"
-    names = write_requests(prompts, count, seed, lines)
-    args = make_parser().parse_args([])
+    requests, folder = output / "requests.jsonl", output / "pictures"
+    with replacing(requests) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     given = {name: value for name, value in options.items() if value is not None}
-    folder = output / "pictures"
-    args = argparse.Namespace(**{**vars(args), **given, "prompts": str(lines), "output": str(folder)})
-    draw_gallery(args)
-    rank = Rank.of_environment()
-    if rank.number:
+    usual = vars(make_parser().parse_args([]))
+    draw_gallery(argparse.Namespace(**{**usual, **given, "prompts": str(requests), "output": str(folder)}))
+    if Rank.of_environment().number:
         return None
-    wait_for([folder / f"{name}.png" for name in names])
-    return Folder(folder, names=[f"{name}.png" for name in names], side=side)
+    wait_for([folder / f"{line['name']}.png" for line in lines])
+    return folder
 
 
 def wait_for(paths: Sequence[Path], patience: float = PATIENCE) -> None:

@@ -67,9 +67,10 @@ class Folder:
         count: int | None = None,
         names: Sequence[str] | None = None,
         side: int | None = None,
+        mixed: bool = False,
     ) -> None:
         """count: how many, evenly spread; None takes all. names: just these. side: pixels of the
-        centred square of each.
+        centred square of each. mixed: whether they may be of several sizes; `size` is then the most usual.
 
         Raises ValueError if there is no such folder, too few pictures, one that is none, or several sizes.
         """
@@ -89,13 +90,13 @@ class Folder:
             except UNREADABLE as error:
                 wrong[self.name(path)] = str(error)
         refuse(folder, wrong, len(found))
-        if side is None and len(sizes) > 1:
+        if side is None and len(sizes) > 1 and not mixed:
             some = ", ".join(f"{count} of {w}x{h}" for (w, h), count in sizes.most_common(3))
             raise ValueError(
                 f"{folder} holds pictures of {len(sizes)} sizes ({some}): give --size PIXELS, and all are "
                 "cropped to the square in their middle and scaled to that"
             )
-        self.size = (side, side) if side else next(iter(sizes))
+        self.size = (side, side) if side else sizes.most_common(1)[0][0]
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -16,13 +16,14 @@ from ldm.metrics.collection import Collection
 from ldm.metrics.extractors import Extractor, label
 from ldm.metrics.folders import Folder
 from ldm.metrics.kernels import cmmd, kid
-from ldm.metrics.manifolds import K_DENSITY, cover
+from ldm.metrics.manifolds import K_DENSITY, K_PRECISION, cover
 from ldm.metrics.moments import frechet_distance
 from ldm.metrics.scores import SPLITS, inception_score
 from ldm.picture import grid, save_picture
 
 log = logging.getLogger(__name__)
 
+SUBSETS = 100  # of KID (Binkowski et al. 2018, section 4)
 SHEET = 64  # pictures of the contact sheet
 # of whom more is better; of the others less
 MORE = ("precision", "recall", "density", "coverage", "IS", "CLIP score", "PSNR", "SSIM")
@@ -39,7 +40,7 @@ class Figure:
 
     def row(self) -> str:
         """A line of a table in Markdown."""
-        better = "more" if self.name.removeprefix("r").startswith(MORE) else "less"
+        better = "more" if self.name.startswith((*MORE, *(f"r{name}" for name in MORE))) else "less"
         spread = "" if self.std is None else f" ± {self.std:.3g}"
         return f"| {self.name} | {self.value:.5g}{spread} | {better} |"
 
@@ -71,11 +72,16 @@ def compare(
         yield figure(kind, frechet_distance(ours, theirs))
     if extractor.name == "clip":
         yield figure("CMMD", cmmd(fake.features, real.features))
-    spread = kid(fake.features, real.features)
-    yield figure("KD", spread.mean, spread.std, subsets=100, subset_size=min(1000, few), seed=0)
-    if min(len(fake.features), len(real.features)) > K_DENSITY:
+    kept = len(fake.features), len(real.features)
+    size = min(1000, *kept)
+    spread = kid(fake.features, real.features, SUBSETS, size)
+    if size == max(kept):
+        yield figure("KD", spread.mean, subsets=1, subset_size=size)
+    else:
+        yield figure("KD", spread.mean, spread.std, subsets=SUBSETS, subset_size=size, seed=0)
+    if min(kept) > K_DENSITY:
         for name, value in cover(real.features, fake.features)._asdict().items():
-            yield figure(name, value, k=5 if name in ("density", "coverage") else 3)
+            yield figure(name, value, k=K_DENSITY if name in ("density", "coverage") else K_PRECISION)
     else:
         log.warning("precision, recall, density and coverage need %s pictures or more", K_DENSITY + 1)
     if fake.probabilities is not None and not prefix:
