@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 from ldm import evaluate
 from ldm.metrics import extractors, folders
 from ldm.metrics.collection import collect, load, save
+from ldm.metrics.drawing import wait_for
 from ldm.metrics.extractors import FID, RandomConv, find_extractor, label
 from ldm.metrics.folders import Folder, bicubic, tf_bilinear
 from ldm.metrics.inception import InceptionV3
@@ -128,6 +129,24 @@ def test_a_model_is_drawn_and_measured(run, tmp_path):
     assert "kept-random-conv.safetensors was made with filter='bicubic'" in err
 
 
+def test_ranks_share_the_drawing(run, tmp_path, monkeypatch):
+    """The second draws its share and is done; the first draws the rest and measures all."""
+    paint(tmp_path / "real", 8, (32, 32))
+    (tmp_path / "x.txt").write_text("a red fox in snow\ntwo blue cats at night\n")
+    words = ["--prompts=x.txt", "--count=6", "--steps=1", "--reference=real"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run(*words, "--output=out")[:2] == (0, "")
+    assert len(list((tmp_path / "out/pictures").iterdir())) == 2
+    monkeypatch.setenv("RANK", "0")
+    assert run(*words, "--output=out")[:2] == (0, "out/report.md\n")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    run(*words, "--output=alone")
+    assert figures(tmp_path / "out") == figures(tmp_path / "alone")
+    with pytest.raises(ValueError, match="1 of 1 pictures are not there, the first nowhere"):
+        wait_for([Path("nowhere.png")], patience=0)
+
+
 def test_reconstruction(run, tmp_path):
     paint(tmp_path / "real", 6)
     status, out, err = run("--reconstruction", "--reference=real", "--output=out")
@@ -144,6 +163,7 @@ def test_reconstruction(run, tmp_path):
 def test_what_cannot_be_is_told(run, tmp_path):
     paint(tmp_path / "real", 6)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "x.txt").write_text("a red fox")
     mixed = paint(tmp_path / "mixed", 4)
     Image.new("RGB", (9, 9)).save(mixed / "other.png")
     broken = paint(tmp_path / "broken", 4)
@@ -160,6 +180,9 @@ def test_what_cannot_be_is_told(run, tmp_path):
         ("--pictures=real", "--reference=real", "--count=x"): "--count x: expected a whole number from 2",
         ("--pictures=mixed", "--reference=real"): "2 sizes (4 of 32x24, 1 of 9x9): give --size PIXELS",
         ("--pictures=broken", "--reference=real"): "'no.png': not a picture",
+        ("--pictures=real", "--reference=real", "--steps=9"): "--steps has no effect without --prompts",
+        ("--reconstruction", "--reference=real", "--count=9"): "leave it out; use --reference-count",
+        ("--pictures=real", "--reference=real", "--output=x.txt/a"): "x.txt is not a folder",
         ("--pictures=real", "--reference=real", "--extractor=vgg"): "extractor='vgg' is unknown",
         ("--pictures=real", "--reference=real", "--extractor=clip"): "has no weights: give clip=PATH",
         (

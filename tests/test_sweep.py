@@ -28,6 +28,7 @@ def test_settings():
     for words, told in {
         ("--steps=5,x",): "steps: '5,x' is no list",
         ("--steps=0",): "steps=0: expected",
+        ("--count=9",): "--count has no effect without --reference",
         ("--guidance=0.5",): "guidance_scale=0.5: expected",
         ("--probes=-1",): "--probes -1: expected a whole number from 0",
     }.items():
@@ -44,25 +45,24 @@ def test_sweep(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ldm.metrics.probes.MAX_STEPS", 60)
     paint(tmp_path / "real", 8, (32, 32))
     (tmp_path / "x.txt").write_text("a red fox in snow\ntwo blue cats at night\n")
-    words = ["sweep", "--prompts=x.txt", "--count=6", "--reference=real", "--output=out", "--probes=2"]
-    words += ["--samplers=ddim,dpmpp_2m,euler_a", "--steps=2,8", "--guidance=1,3"]
+    words = ["sweep", "--prompts=x.txt", "--count=4", "--reference=real", "--output=out", "--probes=2"]
+    words += ["--samplers=ddim,euler_a", "--steps=2,8", "--guidance=1,3"]
     assert evaluate.main(words) == 0, capsys.readouterr().err
     rows = json.loads((tmp_path / "out/sweep.json").read_text())["settings"]
-    assert len(rows) == 12
-    assert len(list((tmp_path / "out/pictures").iterdir())) == 12 * 6
+    assert len(rows) == 8
+    assert len(list((tmp_path / "out/pictures").iterdir())) == 8 * 4
     for row in rows:
         assert row["calls"] == row["steps"] * (2 if row["guidance_scale"] > 1 else 1)
         assert (row["error"] is None) == (row["sampler"] == "euler_a")
         assert row["seconds"] > 0
         assert row["FD-random-conv"] > 0
     error = {(row["sampler"], row["steps"], row["guidance_scale"]): row["error"] for row in rows}
-    for sampler in ("ddim", "dpmpp_2m"):
-        for scale in (1, 3):
-            assert error[sampler, 8, scale] < error[sampler, 2, scale], "more steps end nearer"
+    for scale in (1, 3):
+        assert error["ddim", 8, scale] < error["ddim", 2, scale], "more steps end nearer"
     assert len(list((tmp_path / "out/solutions").iterdir())) == 2, "one a guidance"
     report = (tmp_path / "out/report.md").read_text()
     assert "![error by calls](error-by-calls.png)" in report
     assert (tmp_path / "out/FD-random-conv-by-seconds.png").is_file()
     capsys.readouterr()
     assert evaluate.main(words) == 0
-    assert "72 were there" in capsys.readouterr().err
+    assert "32 were there" in capsys.readouterr().err

@@ -66,6 +66,11 @@ MEASURE: Table = {
         "ADM's evaluator and torch-fidelity do; bicubic if left out",
     },
     "size": {**PIXELS, "help": "first crop all to the square in their middle and scale it to this"},
+    "ema": {
+        "metavar": "TEXT",
+        "default": "not told",
+        "help": "which average of the weights this is, for the protocol: a model's folder does not say",
+    },
     "keep": {
         **WHOLE,
         "default": 10_000,
@@ -102,6 +107,7 @@ def drawing_table() -> Table:
     names += ["dtype", "batch-size", "optimize", "device"]
     table = {name: HOW[name] for name in names} | {name: WHAT[name] for name in ("width", "height")}
     table["negative-prompt"] = WHAT["negative-prompt"]
+    table["sampler"] = {"metavar": "NAME", "help": "the solver: see python -m ldm.generate --list-samplers"}
     return table | {"seed": {**WHOLE, "default": 0, "help": "of the first line; the next has the next; 0"}}
 
 
@@ -151,6 +157,16 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("no --reference: give a folder of real pictures to measure against")
     if args.prompts == "-":
         raise ValueError("--prompts -: give a file, which a second run can read again")
+    if not args.prompts:
+        drawn = ["sampler", "steps", "guidance_scale", "guidance_rescale", "clip_skip", "width", "height"]
+        drawn += (
+            ["negative_prompt", "batch_size", "count"] if args.reconstruction else ["batch_size", "model"]
+        )
+        for name in drawn:
+            if getattr(args, name) is not None:
+                option = name.replace("_", "-")
+                instead = "; use --reference-count" if name == "count" else ""
+                raise ValueError(f"--{option} has no effect without --prompts: leave it out{instead}")
     check_numbers(args)
 
 
@@ -225,6 +241,8 @@ def settings_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     if not args.prompts or args.prompts == "-":
         raise ValueError("no --prompts: give a file with a prompt a line, which a second run can read again")
     check_numbers(args)
+    if not args.reference and args.count is not None:
+        raise ValueError("--count has no effect without --reference: leave it out; --probes sets how many")
     settings: list[dict[str, Any]] = [{}]
     kinds = {
         "sampler": (args.samplers, str),

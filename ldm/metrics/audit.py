@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ldm.config import replacing, write_json
 from ldm.loading import find_device
-from ldm.metrics.arguments import check_audit
 from ldm.metrics.collection import collect
 from ldm.metrics.extractors import find_extractor
 from ldm.metrics.folders import Folder
 from ldm.metrics.kernels import ROWS
 from ldm.metrics.manifolds import nearest
+from ldm.metrics.measurement import output_folder
 from ldm.metrics.report import page
 from ldm.picture import save_picture
 
@@ -97,7 +97,7 @@ def nearest_features(a: Tensor, b: Tensor, same: bool) -> tuple[Tensor, Tensor, 
 
 def audit(args: argparse.Namespace) -> Path:
     """Looks for pairs and writes them down: the path of the report. Raises ValueError for what cannot be."""
-    check_audit(args)
+    output = output_folder(args)
     extractor = find_extractor(args.extractor or "random-conv", find_device(args.device))
     folders = [Folder(Path(os.path.expanduser(args.folder)), mixed=True)]
     if args.against:
@@ -122,7 +122,7 @@ def audit(args: argparse.Namespace) -> Path:
         ratio = distance / float(means[place]) if means[place] > 0 else 0.0
         names = ours.name(ours.paths[place]), theirs.name(theirs.paths[other])
         pairs.append(Pair(*names, int(apart), distance, ratio, why))
-    return write_audit(args, pairs, folders, extractor.name)
+    return write_audit(args, output, pairs, folders, extractor.name)
 
 
 def once(pairs: list[Pair]) -> list[Pair]:
@@ -130,9 +130,10 @@ def once(pairs: list[Pair]) -> list[Pair]:
     return list({frozenset(pair[:2]): pair for pair in pairs}.values())
 
 
-def write_audit(args: argparse.Namespace, pairs: list[Pair], folders: list[Folder], name: str) -> Path:
+def write_audit(
+    args: argparse.Namespace, output: Path, pairs: list[Pair], folders: list[Folder], name: str
+) -> Path:
     """Writes pairs.json, sheet.png and report.md, which is read; its path."""
-    output = Path(os.path.expanduser(args.output))
     order = {"same file": 0, "hash": 1, "features": 2, "": 3}
     pairs = sorted(once(pairs) if len(folders) == 1 else pairs, key=lambda p: (order[p.why], p.bits, p.ratio))
     told = [pair for pair in pairs if pair.why]

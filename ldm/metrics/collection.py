@@ -30,6 +30,7 @@ class Pictures(Protocol):
     """What is measured."""
 
     size: tuple[int, int]
+    formats: str
 
     def __len__(self) -> int: ...
 
@@ -84,6 +85,7 @@ def collect(
         "kept": keep,
         "width": pictures.size[0],
         "height": pictures.size[1],
+        "formats": pictures.formats,
         "pictures_sha256": fingerprint(digests),
         **seen_by(extractor),
         "version": ldm.__version__,

@@ -82,6 +82,7 @@ class Folder:
         if count is not None:
             found = [found[place * len(found) // count] for place in range(count)]
         self.folder, self.paths, self.side = folder, found, side
+        self.formats = ", ".join(sorted({path.suffix.lower() for path in found}))
         sizes, wrong = Counter[tuple[int, int]](), dict[str, str]()
         for path in found:
             try:

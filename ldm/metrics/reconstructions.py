@@ -29,7 +29,8 @@ class Reconstructions:
                 f"{folder.folder} holds pictures of {width}x{height} pixels: the autoencoder takes multiples "
                 f"of {factor}; give --size PIXELS, a multiple of it"
             )
-        self.vae, self.folder, self.size = vae, folder, folder.size
+        self.vae, self.folder = vae, folder
+        self.size, self.formats = folder.size, folder.formats
         self.error = self.alike = 0.0
         self.count = 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ from ldm.arguments import DTYPES
 from ldm.config import replacing, write_json
 from ldm.gallery import Rank
 from ldm.loading import find_device, load
-from ldm.metrics.arguments import drawing_options, reference_options, settings_of
+from ldm.metrics.arguments import drawing_options, reference_options
 from ldm.metrics.collection import check_alike, collect, reference
 from ldm.metrics.drawing import draw, drawn_how, recipes, requests_of
-from ldm.metrics.extractors import find_extractor
+from ldm.metrics.extractors import Extractor
 from ldm.metrics.folders import Folder
+from ldm.metrics.measurement import find_extractors, output_folder
 from ldm.metrics.plot import plot
 from ldm.metrics.probes import Probes
 from ldm.metrics.report import compare
@@ -34,18 +34,17 @@ def title(setting: Mapping[str, Any]) -> str:
     )
 
 
-def sweep(args: argparse.Namespace) -> Path | None:
-    """Draws, measures and writes what is asked for: the path of the report; None on ranks that only draw.
+def sweep(args: argparse.Namespace, settings: Sequence[Mapping[str, Any]]) -> Path | None:
+    """Draws, measures and writes: the path of the report; None on ranks that only draw.
 
-    Raises ValueError for what cannot be.
+    settings: by Recipe's names. Raises ValueError for what cannot be.
     """
-    settings, output = settings_of(args), Path(os.path.expanduser(args.output))
+    output = output_folder(args)
     lines = requests_of(args.prompts, args.count, args.seed)
     drawn: Path | None = None
-    extractors = []
+    extractors: list[Extractor] = []
     if args.reference:
-        device = find_device(args.device)
-        extractors = [find_extractor(each, device, args.resize) for each in args.extractor or ["random-conv"]]
+        extractors = find_extractors(args)
         asked = [
             {**line, **setting, "name": f"{title(setting)}-{line['name']}"}
             for setting in settings
@@ -59,7 +58,7 @@ def sweep(args: argparse.Namespace) -> Path | None:
     rows: list[Row] = [dict(setting) for setting in settings]
     if args.probes:
         add_probes(args, rows, settings, lines, output)
-    protocol: dict[str, Any] = {"probes": args.probes}
+    protocol: dict[str, Any] = {"probes": args.probes, "ema": args.ema}
     for extractor in extractors if drawn else []:
         assert drawn is not None
         real = reference(args.reference, extractor, **reference_options(args))
@@ -69,7 +68,7 @@ def sweep(args: argparse.Namespace) -> Path | None:
             fake = collect(pictures, extractor, keep=args.keep, title=title(setting))
             check_alike(fake, real, "the reference")
             made = recipes(pictures)
-            how = {"drawn": drawn_how(made) if made else None}
+            how = {"drawn": drawn_how(made) if made else None, "ema": args.ema}
             row |= {each.name: each.value for each in compare(extractor, fake, real, how)}
         protocol[extractor.name] = real.stamp
     return write_sweep(output, rows, protocol)
