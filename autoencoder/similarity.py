@@ -1,6 +1,8 @@
-"""SSIM and its form over several scales: how alike two pictures are to an eye that looks for structure."""
+"""How alike two pictures are: PSNR, and SSIM, one or several scales of it, for an eye for structure."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,11 @@ WINDOW, DEVIATION = 11, 1.5  # pixels: the Gaussian window of Wang et al. 2004
 C1, C2 = 0.01**2, 0.03**2  # of the same paper, for a range of 1: what keeps the quotients finite
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # exponents of Wang et al. 2003, the finest scale first
 FLOOR = 1e-3  # under which a scale's mean is cut: a power of less than 1 has no slope at 0
+
+
+def decibels(error: float) -> float:
+    """The PSNR in dB of a mean squared error between pictures in [-1, 1]."""
+    return 10 * math.log10(4 / max(error, 1e-12))
 
 
 def window(like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from autoencoder.discriminator import AdversaryConfig
 from autoencoder.loss import ReconstructionConfig
-from autoencoder.similarity import ssim
+from autoencoder.similarity import decibels, ssim
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import load_model, save_model
 from tests.test_fit import OPTIM, VAE, losses, state, stop_at
@@ -26,7 +26,7 @@ from train.batches.plan import Plan
 from train.data.sources import DataConfig
 from train.fit.checkpoint import load_checkpoint
 from train.fit.loop import fit
-from train.measure.fidelity import decibels, judge
+from train.measure.fidelity import judge
 from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding
 
 ADVERSARY = AdversaryConfig(weight=0.5, start=0.5, width=8, layers=2)

@@ -1,56 +1,36 @@
-"""Pictures from files, whatever kind they are: upright RGB, never decoded before their header is judged."""
+"""Pictures of a data set: their sizes, what is left out and why, sheets of them."""
 
 from __future__ import annotations
 
-import io
 import logging
 import re
-import struct
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import IO
 
-import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from ldm.pixels import IMAGE_SUFFIXES, UNREADABLE, open_checked, to_tensor, upright
 from train.batches.buckets import Size
 
+# where most of this package takes them from
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "UNREADABLE",
+    "by_reason",
+    "grid",
+    "opacity",
+    "open_checked",
+    "printable",
+    "tell_rejected",
+    "to_images",
+    "to_tensor",
+    "upright",
+    "upright_size",
+]
+
 log = logging.getLogger(__name__)
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-MAX_PIXELS = 64_000_000  # of a file, read from its header before anything is decoded
-BACKGROUND = "white"  # what transparent pictures are laid on
-# what Pillow raises for files that are cut, or are not what they say
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-
-
-def open_checked(file: Path | IO[bytes]) -> Image.Image:
-    """A file opened, not yet decoded. Raises ValueError for what is no picture or has too many pixels."""
-    if (file.stat().st_size if isinstance(file, Path) else file.seek(0, io.SEEK_END)) == 0:
-        raise ValueError("the file is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            image = Image.open(file)
-    except UnidentifiedImageError:
-        raise ValueError("not a picture that Pillow knows") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from None
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise ValueError(f"{image.width}x{image.height} is more than {MAX_PIXELS // 10**6} million pixels")
-    return image
 
 
 def printable(name: str) -> str:
@@ -79,18 +59,6 @@ def tell_rejected(where: str, rejected: Mapping[str, str], count: int, max_bad_f
         log.warning("%s and are left out; the first are%s", problem, "".join(lines))
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """RGB, turned as EXIF says, transparency laid on white, 16-bit greys scaled to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":
-        image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, BACKGROUND)
-        image = Image.alpha_composite(ground, image)
-    return image.convert("RGB")
-
-
 def upright_size(image: Image.Image) -> Size:
     """The size that `upright` gives a picture, without decoding it (EXIF behind a PNG's pixels aside)."""
     exif = Image.Image.getexif(image)  # a PNG's own would decode all of it, to look for EXIF at its end
@@ -105,11 +73,6 @@ def opacity(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return Image.new("L", image.size, 255)
     return image.convert("RGBA").getchannel("A")
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB to (3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
 def to_images(image: Tensor) -> list[Image.Image]:

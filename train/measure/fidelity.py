@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from autoencoder.similarity import WINDOW, ssim
+from autoencoder.similarity import WINDOW, decibels, ssim
 from autoencoder.vae import AutoencoderKL
 from train.data.pictures import grid, to_images
 
@@ -39,11 +39,6 @@ class Fidelity(NamedTuple):
         for channel, (std, noise) in enumerate(zip(self.std, self.noise, strict=True)):
             numbers |= {f"std_c{channel}": std, f"noise_c{channel}": noise}
         return numbers
-
-
-def decibels(error: float) -> float:
-    """The PSNR in dB of a mean squared error between pictures in [-1, 1]."""
-    return 10 * math.log10(4 / max(error, 1e-12))
 
 
 def reconstruct(vae: AutoencoderKL, image: Tensor) -> Tensor:

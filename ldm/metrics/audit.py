@@ -1,0 +1,174 @@
+"""Pictures that are nearly the same: in a training set, or between what a model draws and what it has seen.
+
+Two ways of looking, as neither sees all: a perceptual hash knows crops of a pixel, other sizes and other
+compressions; an extractor's features know what looks alike to it. The features of all pictures are in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ldm.config import replacing, write_json
+from ldm.loading import find_device
+from ldm.metrics.collection import collect
+from ldm.metrics.extractors import find_extractor
+from ldm.metrics.folders import Folder
+from ldm.metrics.kernels import ROWS
+from ldm.metrics.manifolds import nearest
+from ldm.metrics.measurement import output_folder
+from ldm.metrics.report import page
+from ldm.picture import save_picture
+
+SIDE, LOW = 32, 8  # of the perceptual hash: pixels, and frequencies on each axis
+BITS = LOW * LOW - 1
+AROUND = 50  # nearest pictures whose mean distance is the measure (Carlini et al. 2023)
+
+
+class Pair(NamedTuple):
+    """A picture and the one that is nearest to it."""
+
+    picture: str
+    other: str
+    bits: int  # in which their perceptual hashes differ, of BITS
+    distance: float  # of their features
+    ratio: float  # distance to the mean over the AROUND nearest: 1 is as near as others
+    why: str  # it is told: "same file", "hash", "features", or "" if it is not
+
+
+def perceptual_hash(image: Image.Image) -> Tensor:
+    """(BITS,) of -1 and 1: which of the lowest frequencies lie above their median (Zauner 2010, section 3.2).
+
+    Of the grey picture of SIDE x SIDE pixels, by its cosine transform without the mean.
+    """
+    grey = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    pixels = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(SIDE, SIDE).double()
+    place = torch.arange(SIDE, dtype=torch.float64)
+    waves = torch.cos(math.pi / SIDE * (place + 0.5) * place[:LOW, None])  # (LOW, SIDE): DCT-II
+    low = (waves @ pixels @ waves.T).flatten()[1:]
+    return torch.where(low > low.median(), 1.0, -1.0).float()
+
+
+def hashes(pictures: Folder) -> Iterator[tuple[Tensor, bytes]]:
+    """Of each picture (2, BITS), as it is and mirrored, and the digest of its file."""
+
+    def both(image: Image.Image) -> Tensor:
+        return torch.stack([perceptual_hash(image), perceptual_hash(ImageOps.mirror(image))])
+
+    for rows, digests in pictures.batches(64, both):
+        yield from zip(rows, digests, strict=True)
+
+
+def nearest_hash(a: Tensor, b: Tensor, same: bool) -> tuple[Tensor, Tensor]:
+    """Of each hash of a (N, 2, BITS) the nearest of b (M, 2, BITS), mirrored or not: bits and places, (N,).
+
+    same: a is b, and no picture is its own neighbour.
+    """
+    bits, places = list[Tensor](), list[Tensor]()
+    for start in range(0, len(a), ROWS):
+        rows = a[start : start + ROWS, 0]
+        table = torch.minimum(*((BITS - rows @ b[:, turned].T) / 2 for turned in (0, 1)))
+        if same:
+            table[torch.arange(len(rows)), start + torch.arange(len(rows))] = BITS
+        found = table.min(1)
+        bits.append(found.values.round().int())
+        places.append(found.indices)
+    return torch.cat(bits), torch.cat(places)
+
+
+def nearest_features(a: Tensor, b: Tensor, same: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of a (N, D) the nearest of b (M, D): distances, the mean ones of AROUND, places, (N,)."""
+    count = min(AROUND + same, len(b))
+    distances, places = nearest(a, b, count)
+    if same:  # itself is left out, wherever ties have put it
+        own = places == torch.arange(len(a))[:, None]
+        own[~own.any(1), -1] = True  # lost among more copies than are looked at
+        distances, places = (x[~own].view(len(a), count - 1) for x in (distances, places))
+    return distances[:, 0], distances.mean(1), places[:, 0]
+
+
+def audit(args: argparse.Namespace) -> Path:
+    """Looks for pairs and writes them down: the path of the report. Raises ValueError for what cannot be."""
+    output = output_folder(args)
+    extractor = find_extractor(args.extractor or "random-conv", find_device(args.device))
+    folders = [Folder(Path(os.path.expanduser(args.folder)), mixed=True)]
+    if args.against:
+        folders.append(Folder(Path(os.path.expanduser(args.against)), mixed=True))
+    same = len(folders) == 1
+    marks = [list(hashes(folder)) for folder in folders]
+    codes = [torch.stack([code for code, _ in each]) for each in marks]
+    features = [collect(each, extractor, keep=len(each), title=str(each.folder)).features for each in folders]
+    bits, by_hash = nearest_hash(codes[0], codes[-1], same)
+    distances, means, by_features = nearest_features(features[0], features[-1], same)
+    digests = [[digest for _, digest in each] for each in marks]
+    pairs = []
+    ours, theirs = folders[0], folders[-1]
+    for place in range(len(ours)):
+        hashed = int(bits[place]) <= args.bits
+        other = int(by_hash[place] if hashed else by_features[place])
+        apart = torch.minimum(*((codes[0][place, 0] != codes[-1][other, turned]).sum() for turned in (0, 1)))
+        equal = digests[0][place] == digests[-1][other]
+        near = bool(distances[place] <= args.ratio * means[place])
+        why = "same file" if equal else "hash" if hashed else "features" if near else ""
+        distance = float((features[0][place] - features[-1][other]).double().norm())
+        ratio = distance / float(means[place]) if means[place] > 0 else 0.0
+        names = ours.name(ours.paths[place]), theirs.name(theirs.paths[other])
+        pairs.append(Pair(*names, int(apart), distance, ratio, why))
+    return write_audit(args, output, pairs, folders, extractor.name)
+
+
+def once(pairs: list[Pair]) -> list[Pair]:
+    """Of pairs within one folder each but once, whichever way round."""
+    return list({frozenset(pair[:2]): pair for pair in pairs}.values())
+
+
+def write_audit(
+    args: argparse.Namespace, output: Path, pairs: list[Pair], folders: list[Folder], name: str
+) -> Path:
+    """Writes pairs.json, sheet.png and report.md, which is read; its path."""
+    order = {"same file": 0, "hash": 1, "features": 2, "": 3}
+    pairs = sorted(once(pairs) if len(folders) == 1 else pairs, key=lambda p: (order[p.why], p.bits, p.ratio))
+    told = [pair for pair in pairs if pair.why]
+    limits = {"bits": args.bits, "of": BITS, "ratio": args.ratio, "extractor": name}
+    write_json(output / "pairs.json", {"limits": limits, "pairs": [pair._asdict() for pair in told]})
+    shown = pairs[: args.pairs]
+    ours, theirs = folders[0], folders[-1]
+    images = [
+        Image.open(folder.folder / name).convert("RGB")
+        for pair in shown
+        for folder, name in ((ours, pair.picture), (theirs, pair.other))
+    ]
+    save_picture(page(images, 8), output / "sheet.png", overwrite=True)
+    counts = {why: sum(pair.why == why for pair in told) for why in list(order)[:3]}
+    what = f"{len(theirs)} of {theirs.folder}" if args.against else "each other"
+    how = ", ".join(f"{count} by {why}" for why, count in counts.items())
+    lines = [
+        "# Audit",
+        "",
+        f"{len(ours)} pictures of {ours.folder} against {what}: {len(told)} near pairs ({how}).",
+        "",
+        f"Near: perceptual hashes, mirrored or not, that differ in at most {args.bits} of {BITS} bits, or a "
+        f"distance in the features of {name} of at most {args.ratio} times the mean of the {AROUND} nearest.",
+        "",
+        "| picture | nearest | bits | distance | ratio | told by |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {p.picture} | {p.other} | {p.bits} | {p.distance:.4g} | {p.ratio:.3f} | {p.why or '–'} |"
+            for p in shown
+        ),
+        "",
+        "The sheet has these pairs side by side, the nearest first.",
+        "",
+        "![nearest pairs](sheet.png)",
+    ]
+    with replacing(output / "report.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return output / "report.md"

@@ -1,0 +1,90 @@
+"""How dear a setting of the sampler is, and how far it ends from the solution that it approximates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm.checkpoint import read_tensors
+from ldm.config import replacing
+from ldm.noise import key
+from ldm.options import MAX_STEPS
+from ldm.pipeline import LatentDiffusionPipeline
+
+EXACT = "dpmpp_2m"  # whose MAX_STEPS steps stand for the solution: of second order, so nearer than ddim's
+SHARED = ("height", "width", "guidance_rescale", "clip_skip")  # of requests, beside what is swept
+
+
+class Probe(NamedTuple):
+    """Of one setting."""
+
+    calls: int  # of the UNet for a picture, both halves of guidance counted
+    seconds: float  # for the latents of a picture, text encoder included
+    error: float | None  # |x - x*| / |x*| of the latents, mean over the pictures; None with noisy solvers
+
+
+class Probes:
+    """A few pictures by a model that is loaded once; solutions are kept in a folder."""
+
+    def __init__(
+        self,
+        pipe: LatentDiffusionPipeline,
+        facts: Mapping[str, Any],
+        lines: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+        folder: Path,
+    ) -> None:
+        """facts: of loading.load. lines: requests. options: for what these leave open, by their names."""
+        self.pipe, self.facts, self.lines, self.folder = pipe, dict(facts), lines, folder
+        first = {**{name: value for name, value in options.items() if value is not None}, **lines[0]}
+        self.shared = {name: first[name] for name in SHARED if name in first}
+        negatives = [line.get("negative_prompt") or options.get("negative_prompt") or "" for line in lines]
+        self.negatives = negatives if any(negatives) else None
+        pipe.set_progress_bar_config(disable=True)
+        self.latents({"steps": 1})  # what is done once is done now, untimed
+
+    def latents(self, setting: Mapping[str, Any]) -> Tensor:
+        """(P, C, h, w) of the pictures with this setting."""
+        images = self.pipe(
+            [line["prompt"] for line in self.lines],
+            num_inference_steps=setting.get("steps"),
+            guidance_scale=setting.get("guidance_scale"),
+            sampler=setting.get("sampler"),
+            negative_prompt=self.negatives,
+            seed=[line["seed"] for line in self.lines],
+            output_type="latent",
+            **self.shared,
+        ).images
+        return images.double().cpu()
+
+    def solution(self, setting: Mapping[str, Any]) -> Tensor:
+        """(P, C, h, w): where EXACT ends in MAX_STEPS steps with this guidance; read where it was kept."""
+        exact = {**setting, "sampler": EXACT, "steps": MAX_STEPS}
+        asked = [(line["prompt"], line["seed"]) for line in self.lines]
+        decides = repr((exact, asked, self.shared, self.negatives, sorted(self.facts.items())))
+        path = self.folder / f"{key(decides):016x}.safetensors"
+        if not path.is_file():
+            with replacing(path) as temporary:
+                save_file({"latents": self.latents(exact)}, temporary)
+        return read_tensors(path)["latents"]
+
+    def __call__(self, setting: Mapping[str, Any]) -> Probe:
+        scale = setting.get("guidance_scale", self.pipe.defaults.guidance_scale)
+        tableau = self.pipe.tableau(setting.get("steps"), setting.get("sampler"))
+        started = time.perf_counter()
+        found = self.latents(setting)
+        seconds = (time.perf_counter() - started) / len(self.lines)
+        error = None if tableau.c.any() else relative_error(found, self.solution(setting))
+        return Probe(len(tableau.steps) * (2 if scale > 1 else 1), seconds, error)
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """|x - x*| / |x*| in L2, the mean over the rows of (P, C, h, w)."""
+    apart, length = (torch.linalg.vector_norm(x.flatten(1), dim=1) for x in (found - exact, exact))
+    return (apart / length).mean().item()
