@@ -13,7 +13,7 @@ from torch import Tensor
 from autoencoder.similarity import WINDOW, decibels, ssim
 from autoencoder.vae import AutoencoderKL
 from ldm.metrics.folders import Folder
-from ldm.pipeline import to_pil
+from ldm.outputs import to_pil
 from ldm.pixels import to_tensor
 
 
