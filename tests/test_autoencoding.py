@@ -136,6 +136,7 @@ def test_what_is_shrunk_and_turned_is_a_function_of_the_draw(tmp_path):
     assert plain.batch(plan.batch(0)).keys() == {"image", "noise"}
 
 
+@pytest.mark.slow
 def test_perceptual_features_from_files(tmp_path, weights, caplog):  # noqa: F811
     """Given weights they judge; without them the log says by what else; they are in no checkpoint."""
     torch.save(weights[0], tmp_path / "vgg16.pth")

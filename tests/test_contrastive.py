@@ -76,6 +76,7 @@ def test_a_caption_is_read_up_to_its_end(task):
     assert torch.equal(task.contrast.similarity(x0, tokens), task.contrast.similarity(x0, other))
 
 
+@pytest.mark.slow
 def test_it_learns_every_word_and_a_recipe_takes_the_result(task, tmp_path):
     outcome = fit(task, task.recipe)
     with torch.no_grad():

@@ -56,6 +56,7 @@ def run(recipe: EmbeddingRecipe, model: Path, stop_after: int = 0) -> Embedding:
     return task
 
 
+@pytest.mark.slow
 def test_new_rows_learn_and_nothing_else(tmp_path, model):
     """In pieces as in one; it starts as the mean of known words; stock diffusers reads the same of it."""
     recipe = recipe_of(tmp_path / "whole", model)

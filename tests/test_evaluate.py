@@ -65,6 +65,7 @@ def figures(output: Path) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_two_folders(run, tmp_path):
     """Of a folder and itself all is best; the worse it gets the larger the distance; the report tells all."""
     real = paint(tmp_path / "real")
@@ -129,6 +130,7 @@ def test_a_model_is_drawn_and_measured(run, tmp_path):
     assert "kept-random-conv.safetensors was made with filter='bicubic'" in err
 
 
+@pytest.mark.slow
 def test_ranks_share_the_drawing(run, tmp_path, monkeypatch):
     """The second draws its share and is done; the first draws the rest and measures all."""
     paint(tmp_path / "real", 8, (32, 32))

@@ -387,6 +387,7 @@ def decoder_recipe(output: Path, start: Path, steps: int, data: DataConfig) -> A
     )
 
 
+@pytest.mark.slow
 def test_a_decoder_goes_on_learning_and_latents_stay_valid(tmp_path, autoencoder):
     """With train_encoder=false the encoder and the latent scale stay as they were, bit for bit."""
     data, cache = DataConfig(size=16, length=4), tmp_path / "latents"
@@ -568,6 +569,7 @@ def test_validation_is_on_what_is_in_no_batch_and_by_the_average(tmp_path):
     assert lines[-1]["validation/weight"] == pytest.approx(average.sum().item())
 
 
+@pytest.mark.slow
 def test_validation_of_a_diffusion_model(tmp_path, autoencoder):
     """Nothing but the weights changes it."""
     recipe = diffusion_recipe(tmp_path / "run", optim=replace(OPTIM, lr=1e-2))

@@ -86,6 +86,7 @@ def task_draws(task: Lora) -> list[Any]:
     return Plan(task.buckets, 2, 0).batch(0)
 
 
+@pytest.mark.slow
 def test_a_run_in_pieces_is_the_run(tmp_path, model):
     """Bit for bit, with dropout and a rate of its own for the text encoder; and another base is refused."""
     options = {"adapter": "dora", "dropout": 0.3, "train_text_encoder": True, "text_encoder_lr": 1e-3}
@@ -111,6 +112,7 @@ def test_the_text_encoder_has_its_own_rate(tmp_path, model):
     assert len(times) == len(list(task.module.parameters()))
 
 
+@pytest.mark.slow
 def test_prior_preservation_is_the_sum_of_two_means(tmp_path, model):
     """mean(instance) + weight * mean(class), each as a run without the other has it; by a plan of its own."""
     prior = PriorConfig(prompt="a red fox", weight=0.5)
@@ -132,6 +134,7 @@ def test_prior_preservation_is_the_sum_of_two_means(tmp_path, model):
     assert {"instance", "prior"} <= losses(tmp_path)[0].keys()
 
 
+@pytest.mark.slow
 def test_pictures_of_the_class_come_back_as_they_were(tmp_path, model):
     recipe = lora_recipe(tmp_path, model, prior=PriorConfig(prompt="a red fox", pictures=3))
     recipe = replace(recipe, data=DataConfig(size=16))

@@ -85,6 +85,7 @@ def test_the_weights_stay_as_they_are(kind):
     assert all(torch.equal(weight, before[name]) for name, weight in layer.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAPS)
 def test_it_compiles_without_a_break(kind):
     layer, x = layer_of(), torch.randn(40, 64)

@@ -136,6 +136,7 @@ def test_what_is_measured_was_not_trained_on():
     assert unseen_data(replace(data, split="held_out"), 7).split == "train"
 
 
+@pytest.mark.slow
 def test_a_judge_is_kept_by_its_code_and_scenes(tmp_path):
     def names(**changes) -> set[str]:
         asked = {"seed": SEED_JUDGE, "size": 16, "style": "shapes", "subjects": "all"} | changes

@@ -82,6 +82,7 @@ def test_pictures_are_those_of_stock_diffusers(pipe, stock, options):
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_what_stock_diffusers_saves_loads_here(pipe, stock, saved, tmp_path):
     stock.save_pretrained(tmp_path)
     for folder in (tmp_path, saved):
@@ -91,6 +92,7 @@ def test_what_stock_diffusers_saves_loads_here(pipe, stock, saved, tmp_path):
         torch.testing.assert_close(picture(loaded), picture(pipe), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_twins_share_their_weights(pipe):
     twin = pipe.to_diffusers()
     twin.set_progress_bar_config(disable=True)

@@ -39,6 +39,7 @@ def fine_tuning(stock: Path, tiny_pipeline, **options) -> DiffusionRecipe:
     return replace(recipe, **options)
 
 
+@pytest.mark.slow
 def test_unet_and_text_encoder_of_a_stock_folder_are_trained_further(stock, tiny_pipeline):
     """The task starts as the pipeline is: its weights, its tokens, its loss; and it learns from there."""
     text = TextConfig(path=str(stock), train=True)
