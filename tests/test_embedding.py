@@ -58,7 +58,7 @@ def run(recipe: EmbeddingRecipe, model: Path, stop_after: int = 0) -> Embedding:
 
 @pytest.mark.slow
 def test_new_rows_learn_and_nothing_else(tmp_path, model):
-    """In pieces as in one; it starts as the mean of known words; stock diffusers reads the same of it."""
+    """The word starts as the mean of known ones, and its file holds what it became."""
     recipe = recipe_of(tmp_path / "whole", model)
     plain = tiny_pipeline()
     table = plain.text_encoder.embeddings.token_embedding.weight
@@ -73,13 +73,18 @@ def test_new_rows_learn_and_nothing_else(tmp_path, model):
         assert torch.equal(task.unet.state_dict()[name], value), name
     assert [name for name, _ in task.module.named_parameters()] == ["tokens.weight"]
     assert (task.rows.weight - start).abs().amin() > 0
+    learned = load_file(tmp_path / "whole/model" / TOKENS_FILE)
+    assert learned.keys() == {"<moon>"}
+    assert torch.equal(learned["<moon>"], task.rows.weight)
+
+
+@pytest.mark.slow
+def test_a_run_in_pieces_is_the_run(tmp_path, model):
+    run(recipe_of(tmp_path / "whole", model), model)
     run(recipe_of(tmp_path / "halves", model), model, stop_after=4)
     run(recipe_of(tmp_path / "halves", model), model)
     assert state(tmp_path / "halves", 6) == state(tmp_path / "whole", 6)
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
-    learned = load_file(tmp_path / "whole/model" / TOKENS_FILE)
-    assert learned.keys() == {"<moon>"}
-    assert torch.equal(learned["<moon>"], task.rows.weight)
 
 
 @pytest.mark.slow

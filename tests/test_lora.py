@@ -212,8 +212,8 @@ def test_stock_diffusers_reads_the_file_and_draws_the_same(tmp_path, model, kind
 
 def test_the_file_says_what_it_is(tmp_path, model):
     """Names, rank and alpha in peft's words; in kohya's an alpha for each layer."""
-    run(lora_recipe(tmp_path, model, alpha=4.0, train_text_encoder=True, steps=4))
-    with safe_open(tmp_path / "model" / LORA_FILE, framework="pt") as file:
+    Lora(lora_recipe(tmp_path, model, alpha=4.0, train_text_encoder=True), model, latents()).export(tmp_path)
+    with safe_open(tmp_path / LORA_FILE, framework="pt") as file:
         notes, names = json.loads(file.metadata()["lora_adapter_metadata"]), set(file.keys())
     assert notes["unet.r"] == 2
     assert notes["text_encoder.lora_alpha"] == 4

@@ -46,9 +46,7 @@ class DataConfig:
     captions: dict[str, float] | None = (
         None  # several such columns and their weights, as {long: 95, short: 5}
     )
-    caption: str | None = (
-        None  # of every picture, whatever the data says, as "a photo of sks dog"; null: its own
-    )
+    caption: str | None = None  # of every picture, as "a photo of sks dog"; null: what the data says
     dataset_split: str = "train"  # of a dataset
     max_bad_fraction: float = 0.01  # of the pictures that may be unreadable and are left out
 

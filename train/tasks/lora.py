@@ -46,9 +46,7 @@ class LoraRecipe(TuningRecipe):
     rank: int = 8  # of the matrices that each layer gets
     alpha: float | None = None  # what an adapter says counts alpha / rank; null: rank
     dropout: float = 0.0  # of what an adapter sees of its layer's input
-    targets: tuple[str, ...] | None = (
-        None  # ends of names of the UNet's layers; null: attention's projections
-    )
+    targets: tuple[str, ...] | None = None  # ends of names of the UNet's layers; null: its attention's
     train_text_encoder: bool = False  # adapters there, too
     text_targets: tuple[str, ...] = TEXT_ATTENTION  # ends of names of the text encoder's layers
     text_encoder_lr: float | None = None  # peak, as optim.lr, of the text encoder's adapters; null: optim.lr
@@ -86,6 +84,11 @@ class LoraRecipe(TuningRecipe):
         ends = {"unet": usual if self.targets is None else self.targets}
         return {**ends, "text_encoder": self.text_targets} if self.train_text_encoder else ends
 
+    @property
+    def spelt(self) -> Spelling:
+        """How names are spelt in the exported file."""
+        return self.spelling or ("kohya" if self.adapter in ("loha", "lokr") else "diffusers")
+
 
 class Lora(Tuning):
     """Trains adapters of a UNet and, if the recipe says so, of a text encoder."""
@@ -103,9 +106,8 @@ class Lora(Tuning):
             layers = find_layers(models[name], ends, f"{names[name]}={list(ends)}")
             self.trees[name] = grow(layers, recipe.adapter, recipe.rank, alpha, recipe.dropout, recipe.seed)
             attach(self.trees[name], models[name])
-        rates = {"text_encoder": (recipe.text_encoder_lr or recipe.optim.lr) / recipe.optim.lr}
-        model = self.loss_model(recipe.train_text_encoder)
-        rates = rates if recipe.text_encoder_lr else {}
+        model, own = self.loss_model(recipe.train_text_encoder), recipe.text_encoder_lr
+        rates = {} if own is None else {"text_encoder": own / recipe.optim.lr}
         self.module = (
             Tuned(model, self.trees, rates)
             if prior is None
@@ -132,14 +134,11 @@ class Lora(Tuning):
     def export(self, folder: Path) -> None:
         """The adapters in one file, which load_lora_weights of diffusers finds in the folder."""
         recipe, alpha = self.settings, self.settings.alpha or self.settings.rank
-        kohya = (
-            recipe.spelling or ("kohya" if recipe.adapter in ("loha", "lokr") else "diffusers")
-        ) == "kohya"
         settings = {
             name: peft_settings(recipe.adapter, recipe.rank, alpha, recipe.dropout, ends)
             for name, ends in recipe.ends.items()
         }
-        write_adapters(folder / LORA_FILE, self.trees, None if kohya else settings)
+        write_adapters(folder / LORA_FILE, self.trees, settings if recipe.spelt == "diffusers" else None)
 
 
 class Preserving(Tuned):
