@@ -57,7 +57,7 @@ class Pair(NamedTuple):
 
 
 def perceptual_hash(image: Image.Image) -> Tensor:
-    """(BITS,) of -1 and 1: which of the lowest frequencies lie above their median (Zauner 2010, section 3.2).
+    """(BITS,) of -1 and 1: which of the lowest frequencies lie above their median (Zauner 2010).
 
     Of the grey picture of SIDE x SIDE pixels, by its cosine transform without the mean.
     """
