@@ -199,7 +199,8 @@ Draws --count pictures for every sampler, number of steps and guidance, and tabu
 against model calls and seconds. Calls count both halves of guidance. Seconds are those of a
 picture's latents, measured on --probes pictures drawn together. The error is how far these latents end from
 the solution of 1,000 steps of dpmpp_2m with the same noise and guidance: |x - x*| / |x*|; solvers that add
-noise have none. Without --reference nothing else is measured.
+noise have none. A grid of few steps starts below the noisiest level or ends above the cleanest, which is part
+of the error whatever the solver. Without --reference nothing else is measured.
 
 A second run draws what is missing; the solutions of 1,000 steps are kept too.
 """
@@ -278,7 +279,11 @@ AUDIT: Table = {
     "against": {"metavar": "FOLDER", "help": "look for them there; in the folder itself if left out"},
     "extractor": {"metavar": "NAME[=PATH]", "help": MEASURE["extractor"]["help"].partition(";")[0]},
     "bits": {**WHOLE, "default": 6, "help": "of 63, in which near pictures may differ; 6"},
-    "ratio": {"type": float, "metavar": "X", "default": 0.5, "help": "0 to 1; 0.5"},
+    "ratio": {
+        "type": float,
+        "metavar": "X",
+        "help": "0 to 1; 0.5, and 0.1 for random-conv, to which all of one colour looks alike",
+    },
     "pairs": {**WHOLE, "default": 32, "help": "on the sheet, the nearest; 32"},
     "device": HOW["device"],
     "output": {
@@ -309,5 +314,5 @@ def check_audit(args: argparse.Namespace) -> None:
     check_numbers(args)
     if not isinstance(args.bits, int) or not 0 <= args.bits <= 63:
         raise ValueError(f"--bits {args.bits}: expected a whole number from 0 to 63")
-    if not 0 <= args.ratio <= 1:
+    if args.ratio is not None and not 0 <= args.ratio <= 1:
         raise ValueError(f"--ratio {args.ratio}: expected 0 to 1")

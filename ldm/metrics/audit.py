@@ -20,17 +20,29 @@ from torch import Tensor
 from ldm.config import replacing, write_json
 from ldm.loading import find_device
 from ldm.metrics.collection import collect
-from ldm.metrics.extractors import find_extractor
+from ldm.metrics.extractors import RandomConv, find_extractor
 from ldm.metrics.folders import Folder
 from ldm.metrics.kernels import ROWS
 from ldm.metrics.manifolds import nearest
 from ldm.metrics.measurement import output_folder
 from ldm.metrics.report import page
 from ldm.picture import save_picture
+from ldm.pixels import open_checked, upright
 
 SIDE, LOW = 32, 8  # of the perceptual hash: pixels, and frequencies on each axis
 BITS = LOW * LOW - 1
+LOOSE, STRICT = 0.5, 0.1  # ratios: Carlini's, and ours for features that know colours alone
 AROUND = 50  # nearest pictures whose mean distance is the measure (Carlini et al. 2023)
+
+WHYS = ("same file", "hash", "features", "")  # a pair is told, the surest first; "" if it is not
+
+
+class Limits(NamedTuple):
+    """What counts as near."""
+
+    bits: int  # in which perceptual hashes may differ, of BITS
+    ratio: float  # see Pair
+    extractor: str  # whose features they are
 
 
 class Pair(NamedTuple):
@@ -41,11 +53,11 @@ class Pair(NamedTuple):
     bits: int  # in which their perceptual hashes differ, of BITS
     distance: float  # of their features
     ratio: float  # distance to the mean over the AROUND nearest: 1 is as near as others
-    why: str  # it is told: "same file", "hash", "features", or "" if it is not
+    why: str  # it is told, of WHYS
 
 
 def perceptual_hash(image: Image.Image) -> Tensor:
-    """(BITS,) of -1 and 1: which of the lowest frequencies lie above their median (Zauner 2010, section 3.2).
+    """(BITS,) of -1 and 1: which of the lowest frequencies lie above their median (Zauner 2010).
 
     Of the grey picture of SIDE x SIDE pixels, by its cosine transform without the mean.
     """
@@ -98,7 +110,9 @@ def nearest_features(a: Tensor, b: Tensor, same: bool) -> tuple[Tensor, Tensor, 
 def audit(args: argparse.Namespace) -> Path:
     """Looks for pairs and writes them down: the path of the report. Raises ValueError for what cannot be."""
     output = output_folder(args)
-    extractor = find_extractor(args.extractor or "random-conv", find_device(args.device))
+    extractor = find_extractor(args.extractor or RandomConv.name, find_device(args.device))
+    usual = STRICT if extractor.name == RandomConv.name else LOOSE
+    limits = Limits(args.bits, usual if args.ratio is None else args.ratio, extractor.name)
     folders = [Folder(Path(os.path.expanduser(args.folder)), mixed=True)]
     if args.against:
         folders.append(Folder(Path(os.path.expanduser(args.against)), mixed=True))
@@ -112,51 +126,60 @@ def audit(args: argparse.Namespace) -> Path:
     pairs = []
     ours, theirs = folders[0], folders[-1]
     for place in range(len(ours)):
-        hashed = int(bits[place]) <= args.bits
+        hashed = int(bits[place]) <= limits.bits
         other = int(by_hash[place] if hashed else by_features[place])
         apart = torch.minimum(*((codes[0][place, 0] != codes[-1][other, turned]).sum() for turned in (0, 1)))
         equal = digests[0][place] == digests[-1][other]
-        near = bool(distances[place] <= args.ratio * means[place])
+        near = bool(distances[place] <= limits.ratio * means[place])
         why = "same file" if equal else "hash" if hashed else "features" if near else ""
         distance = float((features[0][place] - features[-1][other]).double().norm())
         ratio = distance / float(means[place]) if means[place] > 0 else 0.0
         names = ours.name(ours.paths[place]), theirs.name(theirs.paths[other])
         pairs.append(Pair(*names, int(apart), distance, ratio, why))
-    return write_audit(args, output, pairs, folders, extractor.name)
+    return write_audit(output, pairs, folders, limits, args.pairs)
+
+
+def nearness(pair: Pair) -> tuple[int, int, float]:
+    """By which pairs are sorted, the nearest first."""
+    return WHYS.index(pair.why), pair.bits if pair.why == "hash" else 0, pair.ratio
 
 
 def once(pairs: list[Pair]) -> list[Pair]:
-    """Of pairs within one folder each but once, whichever way round."""
-    return list({frozenset(pair[:2]): pair for pair in pairs}.values())
+    """Of pairs within one folder each but once, the first, whichever way round."""
+    first: dict[frozenset[str], Pair] = {}
+    for pair in pairs:
+        first.setdefault(frozenset((pair.picture, pair.other)), pair)
+    return list(first.values())
 
 
-def write_audit(
-    args: argparse.Namespace, output: Path, pairs: list[Pair], folders: list[Folder], name: str
-) -> Path:
+def write_audit(output: Path, pairs: list[Pair], folders: list[Folder], limits: Limits, show: int) -> Path:
     """Writes pairs.json, sheet.png and report.md, which is read; its path."""
-    order = {"same file": 0, "hash": 1, "features": 2, "": 3}
-    pairs = sorted(once(pairs) if len(folders) == 1 else pairs, key=lambda p: (order[p.why], p.bits, p.ratio))
+    pairs = sorted(pairs, key=nearness)
+    if len(folders) == 1:
+        pairs = once(pairs)
     told = [pair for pair in pairs if pair.why]
-    limits = {"bits": args.bits, "of": BITS, "ratio": args.ratio, "extractor": name}
-    write_json(output / "pairs.json", {"limits": limits, "pairs": [pair._asdict() for pair in told]})
-    shown = pairs[: args.pairs]
+    write_json(
+        output / "pairs.json", {"limits": limits._asdict(), "pairs": [pair._asdict() for pair in told]}
+    )
+    shown = pairs[:show]
     ours, theirs = folders[0], folders[-1]
     images = [
-        Image.open(folder.folder / name).convert("RGB")
+        upright(open_checked(folder.folder / name))
         for pair in shown
         for folder, name in ((ours, pair.picture), (theirs, pair.other))
     ]
     save_picture(page(images, 8), output / "sheet.png", overwrite=True)
-    counts = {why: sum(pair.why == why for pair in told) for why in list(order)[:3]}
-    what = f"{len(theirs)} of {theirs.folder}" if args.against else "each other"
+    counts = {why: sum(pair.why == why for pair in told) for why in WHYS[:3]}
+    what = f"{len(theirs)} of {theirs.folder}" if len(folders) > 1 else "each other"
     how = ", ".join(f"{count} by {why}" for why, count in counts.items())
     lines = [
         "# Audit",
         "",
         f"{len(ours)} pictures of {ours.folder} against {what}: {len(told)} near pairs ({how}).",
         "",
-        f"Near: perceptual hashes, mirrored or not, that differ in at most {args.bits} of {BITS} bits, or a "
-        f"distance in the features of {name} of at most {args.ratio} times the mean of the {AROUND} nearest.",
+        f"Near: perceptual hashes, mirrored or not, that differ in at most {limits.bits} of {BITS} bits, or "
+        f"a distance in the features of {limits.extractor} of at most {limits.ratio} times the mean of the "
+        f"{AROUND} nearest.",
         "",
         "| picture | nearest | bits | distance | ratio | told by |",
         "|---|---|---|---|---|---|",

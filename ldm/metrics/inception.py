@@ -20,7 +20,7 @@ Pool = Literal["mean", "max", "halve"]
 
 CLASSES = 1008
 SIDE = 299  # pixels
-SPATIAL = 7  # channels of sFID (Nash et al. 2021, section 4.2)
+SPATIAL = 7  # channels of sFID (Nash et al. 2021)
 
 
 class Convolution(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.noise import generator
 
 ROWS = 1024  # of a table of all pairs that are in memory at once
-SIGMA, SCALE = 10.0, 1000.0  # of CMMD (Jayasumana et al. 2024, section 4)
+SIGMA, SCALE = 10.0, 1000.0  # of CMMD (Jayasumana et al. 2024)
 
 Kernel = Callable[[Tensor, Tensor], Tensor]  # (N, D), (M, D) -> (N, M)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ldm.metrics.kernels import ROWS
 
-K_PRECISION = 3  # neighbours (Kynkäänniemi et al. 2019, section 3.1)
-K_DENSITY = 5  # neighbours (Naeem et al. 2020, section 3.2)
+K_PRECISION = 3  # neighbours (Kynkäänniemi et al. 2019)
+K_DENSITY = 5  # neighbours (Naeem et al. 2020)
 
 
 class Cover(NamedTuple):

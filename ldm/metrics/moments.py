@@ -29,7 +29,7 @@ class Moments:
         return cls(len(features), mean, apart.T @ apart)
 
     def __add__(self, other: Moments) -> Moments:
-        """Of both sets together (Chan, Golub & LeVeque 1979, eq. 2.1): nothing large is subtracted."""
+        """Of both sets together (Chan, Golub & LeVeque 1979): nothing large is subtracted."""
         count = self.count + other.count
         apart = other.mean - self.mean
         mean = self.mean + apart * (other.count / count)
