@@ -30,7 +30,7 @@ from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.checkpoint import save_model
 from ldm.config import replacing
 from train.batches.buckets import Size, frame
-from train.batches.encoding import BATCH, Read, compute_latents, read_batches
+from train.batches.encoding import BATCH, Read, compute_latents, load_encoder, read_batches
 from train.batches.latents import Shard
 from train.data.sources import DataConfig, open_source, sort_source
 
@@ -67,10 +67,11 @@ def draw(folder: Path, count: int, pixels: int) -> None:
 class Encoding:
     """The parts of encoding a folder of pictures, each a call that does it once for all of them."""
 
-    def __init__(self, folder: Path, data: DataConfig, vae: AutoencoderKL) -> None:
+    def __init__(self, folder: Path, data: DataConfig) -> None:
         from diffusers import AutoencoderKL as StockVAE
 
-        self.folder, self.data, self.vae = folder, data, vae.to(memory_format=torch.channels_last)
+        self.folder, self.data = folder, data
+        self.vae = load_encoder(folder / "vae", torch.device("cpu"))
         self.stock = StockVAE.from_pretrained(folder / "vae").requires_grad_(False)
         self.source = open_source(data)
         buckets = sort_source(self.source, data)
@@ -167,13 +168,12 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        vae = AutoencoderKL(config).eval().requires_grad_(False)
-        save_model(vae, folder / "vae")
+        save_model(AutoencoderKL(config), folder / "vae")
         draw(folder / "pictures", options.pictures, options.pixels)
         data = DataConfig(
             source=str(folder / "pictures"), size=options.pixels, max_aspect=2.0, side_multiple=32
         )
-        encoding = Encoding(folder, data, vae)
+        encoding = Encoding(folder, data)
         print(f"both encoders answer alike to {encoding.agreement():.1e}")
         layout = encoding.faster_layout()
         median = measure(encoding, options.rounds)

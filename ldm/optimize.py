@@ -120,6 +120,16 @@ def use_kernels(model: nn.Module) -> None:
             module.attend = partial(attention, module)  # type: ignore[method-assign]
 
 
+def try_kernels(model: nn.Module) -> bool:
+    """use_kernels where this CPU can have them; whether it can. Else the model stays as it is."""
+    try:
+        use_kernels(model)
+    except ValueError as error:
+        log.info("computed without native kernels, which would be faster: %s", error)
+        return False
+    return True
+
+
 def use_int8(unet: nn.Module) -> None:
     """Replaces, after use_kernels, what it put into `maps` by kernels in bytes."""
     for module in maps(unet):
