@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from autoencoder.vae import AutoencoderKL
 from ldm.checkpoint import load_model
-from ldm.optimize import try_kernels
 from ldm.config import read_json, replacing, write_json
+from ldm.optimize import try_kernels
 from train.batches.buckets import Size, crop_corner, frame, views
 from train.batches.latents import CacheKey, Latents, Shard, read_header, read_latents
 from train.data.captions import Captions
