@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm.adapters.words import USUAL
 from ldm.pipeline import LatentDiffusionPipeline
 from tests.test_fit import OPTIM, latents, losses, state, stop_at
 from tests.tiny import tiny_pipeline
 from train.batches.latents import Latents
 from train.data.sources import DataConfig
 from train.fit.loop import fit
-from train.tasks.adapter_files import TOKENS_FILE
 from train.tasks.embedding import Embedding, EmbeddingRecipe
 
 
@@ -76,7 +76,7 @@ def test_new_rows_learn_and_nothing_else(tmp_path, model):
     run(recipe_of(tmp_path / "halves", model), model)
     assert state(tmp_path / "halves", 6) == state(tmp_path / "whole", 6)
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
-    learned = load_file(tmp_path / "whole/model" / TOKENS_FILE)
+    learned = load_file(tmp_path / "whole/model" / USUAL[0])
     assert learned.keys() == {"<moon>"}
     assert torch.equal(learned["<moon>"], task.rows.weight)
 
