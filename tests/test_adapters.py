@@ -130,7 +130,8 @@ def test_every_kind_is_that_of_peft(tmp_path):
         assert not same(before, toy.state_dict())
         ours.delete(["one"])
         assert same(before, toy.state_dict())
-        for spelling in ("kohya", "peft") if adapter.layers["unet.to_q"].kind != "lora" else (*SPELLINGS,):
+        read = name == "lokr" or adapter.layers["unet.to_q"].kind == "lora"  # by diffusers, the first
+        for spelling in SPELLINGS if read else SPELLINGS[1:]:
             path = tmp_path / spelling / name / "adapter_model.safetensors"
             write_adapter(adapter, path, spelling)
             again = read_adapter(path, ours.index)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm.adapters.words import USUAL
 from ldm.pipeline import LatentDiffusionPipeline
 from tests.test_fit import OPTIM, latents, losses, state, stop_at
 from tests.tiny import tiny_pipeline
 from train.batches.latents import Latents
 from train.data.sources import DataConfig
 from train.fit.loop import fit
-from train.tasks.adapter_files import TOKENS_FILE
 from train.tasks.embedding import Embedding, EmbeddingRecipe
 
 
@@ -73,7 +73,7 @@ def test_new_rows_learn_and_nothing_else(tmp_path, model):
         assert torch.equal(task.unet.state_dict()[name], value), name
     assert [name for name, _ in task.module.named_parameters()] == ["tokens.weight"]
     assert (task.rows.weight - start).abs().amin() > 0
-    learned = load_file(tmp_path / "whole/model" / TOKENS_FILE)
+    learned = load_file(tmp_path / "whole/model" / USUAL[0])
     assert learned.keys() == {"<moon>"}
     assert torch.equal(learned["<moon>"], task.rows.weight)
 

@@ -6,8 +6,9 @@
   python train/train_lora.py --adapter dora --rank 16 --train-text-encoder --text-encoder-lr 5e-5
 
 The run folder gets checkpoints (of the adapters alone), metrics.jsonl, samples/ and, at the end, model/ with
-one small file: `pipe.load_lora_weights("RUN/model")` in diffusers. The same command goes on where it stopped,
-bit for bit. With prior.prompt the model first draws pictures of that class, and goes on learning them.
+one small file: `python -m ldm.generate PROMPT --lora RUN/model/pytorch_lora_weights.safetensors`, or, ours
+and diffusers', `pipe.load_lora_weights("RUN/model")`. The same command goes on where it stopped, bit for
+bit. With prior.prompt the model first draws pictures of that class, and goes on learning them.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -233,13 +233,15 @@ def _kohya(adapter: Adapter) -> dict[str, Tensor]:
         before = names.FLAT[part][-1 if several else 0]
         local = (names.TEXT if part != "unet" else "") + local
         flat = before + local.replace(".", "_")
+        if layer.rank is None:  # whole factors, for which readers take no alpha
+            layer = replace(
+                layer, factors={**layer.factors, "w2": layer.scale * layer.factors["w2"]}, scale=1.0
+            )
         for factor, value in layer.factors.items():
             end = {"lora": f"lora_{factor}.weight", "loha": f"hada_{factor}", "lokr": f"lokr_{factor}"}[
                 layer.kind
             ]
             tensors[f"{flat}.{end}"] = value
-        if layer.rank is None and layer.scale != 1:  # there, whole factors have no alpha
-            tensors[f"{flat}.lokr_w2"] = layer.factors["w2"] * layer.scale
         tensors[f"{flat}.alpha"] = torch.tensor(layer.scale * (layer.rank or 1))
         if layer.magnitude is not None:
             tensors[f"{flat}.dora_scale"] = layer.magnitude
@@ -251,9 +253,11 @@ def _peft(name: str, layer: Layer, spelling: str) -> dict[str, Tensor]:
     if layer.kind != "lora":
         if layer.magnitude is not None:
             raise ValueError(f"{name}: DoRA of a {layer.kind} is in kohya's spelling alone")
-        if spelling == "diffusers":
+        plain = layer.kind == "lokr" and layer.factors.keys() <= {"w1", "w2", "w2_a", "w2_b"}
+        if spelling == "diffusers" and not (plain and name.startswith("unet.")):
             raise ValueError(
-                f"{name}: diffusers' spelling is for LoRA, and this is a {layer.kind}: use kohya or peft"
+                f"{name}: diffusers' spelling is for LoRA, and of a UNet for LoKr of a whole w1 and no core, "
+                f"and this is a {layer.kind}: use kohya or peft"
             )
         prefix = {"loha": ".hada_", "lokr": ".lokr_"}[layer.kind]
         return {prefix + factor: value for factor, value in layer.factors.items()}
@@ -267,11 +271,16 @@ def _peft(name: str, layer: Layer, spelling: str) -> dict[str, Tensor]:
             raise ValueError(
                 f"{name}: its DoRA has a norm for each input, which is in kohya's spelling alone"
             )
-        end = ".lora_magnitude_vector" + (
-            ".weight" if spelling == "diffusers" else ""
-        )  # transformers asks for it
+        end = ".lora_magnitude_vector"
+        if spelling == "diffusers" and not name.startswith("unet."):
+            end += ".weight"  # or transformers 5, which reads them for diffusers, finds no lengths
         found[end] = layer.magnitude.reshape(1, -1, 1, 1) if up.ndim > 2 else layer.magnitude.flatten()
     return found
+
+
+def _rank(layer: Layer) -> int:
+    """r in PEFT's configuration: where the factors are whole, the least with which PEFT makes them so."""
+    return layer.rank or math.ceil(max(layer.factors["w2"].shape[:2]) / 2)
 
 
 def _config(layers: Mapping[str, Layer]) -> dict[str, Any]:
@@ -285,7 +294,7 @@ def _config(layers: Mapping[str, Layer]) -> dict[str, Any]:
             f"layers of several kinds ({', '.join(sorted(kinds))}, DoRA or not) are in kohya's alone"
         )
     kind = kinds.pop()
-    ranks = {name: layer.rank or 1 for name, layer in layers.items()}
+    ranks = {name: _rank(layer) for name, layer in layers.items()}
     alphas = {name: layer.scale * ranks[name] for name, layer in layers.items()}
     first = next(iter(layers))
     config: dict[str, Any] = {

@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.adapters.applied import follow, parameter_of
 from ldm.adapters.files import find_file
 from ldm.checkpoint import read_tensors
+from ldm.config import replacing
 from text_encoder.clip import CLIPTextEncoder
 from text_encoder.tokenizer import Tokenizer
 
@@ -55,6 +57,13 @@ def read_words(source: Source, token: str | None = None, weight_name: str | None
         if not value.isfinite().all():
             raise ValueError(f"{where}: {name} is not finite: get the file again")
     return {name: value.reshape(-1, value.shape[-1]) for name, value in words.items()}
+
+
+def write_words(words: Mapping[str, Tensor], path: Path) -> None:
+    """Writes words and their vectors, (k, D), as diffusers does, whole or not at all."""
+    plain = {word: vectors.detach().cpu().contiguous() for word, vectors in words.items()}
+    with replacing(path) as temporary:
+        save_file(plain, temporary, {"format": "pt"})
 
 
 class Words:

@@ -2,20 +2,22 @@
 
 Ours and not peft's, so that a run stays exact and small: the model keeps its modules, their names and their
 kernels, and the adapters are a tree of modules of their own, which is all that a checkpoint, an average or an
-optimizer sees; what they start from is counted. Parameter names are those of peft (LoRA, DoRA) and of LyCORIS
-(LoHa, LoKr), the field's file formats: the state dict of a tree is such a file.
+optimizer sees; what they start from is counted. What each kind adds to a weight is in ldm.adapters.deltas, by
+which their files are read, too. Parameter names are those of peft (LoRA, DoRA) and of LyCORIS (LoHa, LoKr).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.adapters import deltas
 from ldm.noise import generator
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of the UNet; ends of names
@@ -28,10 +30,25 @@ Layer = nn.Linear | nn.Conv2d
 class Adapter(nn.Module):
     """What is learnt beside a layer: x (B, ..., in) and the layer's own answer -> what is added to it."""
 
+    kind: ClassVar[str]  # of ldm.adapters.deltas.KINDS
+
     def __init__(self, rank: int, scale: float, dropout: float) -> None:
         """scale: alpha / rank in the papers. dropout: of the adapter's x; the layer sees all of it."""
         super().__init__()
         self.rank, self.scale, self.dropout = rank, scale, nn.Dropout(dropout)
+
+    def factors(self) -> dict[str, Tensor]:
+        """The arguments of the kind's formula."""
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        """What is added to the layer's weight, of its shape or flattened, (out, in * places of a kernel)."""
+        return self.scale * deltas.KINDS[self.kind](**self.factors())
+
+    def learned(self) -> deltas.Layer:
+        """What files say of it."""
+        factors = {name: value.detach() for name, value in self.factors().items()}
+        return deltas.Layer(self.kind, factors, self.scale)
 
     def forward(self, layer: Layer, x: Tensor, answer: Tensor) -> Tensor:
         raise NotImplementedError
@@ -39,6 +56,8 @@ class Adapter(nn.Module):
 
 class LoRA(Adapter):
     """scale * B A x (Hu et al. 2022, eq. 3). Of a convolution, A is one to `rank` channels and B is 1x1."""
+
+    kind = "lora"
 
     def __init__(self, layer: Layer, rank: int, scale: float, dropout: float, rng: torch.Generator) -> None:
         super().__init__(rank, scale, dropout)
@@ -54,9 +73,8 @@ class LoRA(Adapter):
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5), generator=rng)
         nn.init.zeros_(self.lora_B.weight)
 
-    def delta(self) -> Tensor:
-        """What is added to the layer's weight, (out, in * places of the kernel)."""
-        return self.scale * (self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(1))
+    def factors(self) -> dict[str, Tensor]:
+        return {"down": self.lora_A.weight, "up": self.lora_B.weight}
 
     def forward(self, layer: Layer, x: Tensor, answer: Tensor) -> Tensor:
         return self.scale * self.lora_B(self.lora_A(self.dropout(x)))
@@ -79,6 +97,11 @@ class DoRA(LoRA):
         norm = (layer.weight.flatten(1) + self.delta()).float().norm(dim=1)
         return norm if layer.weight.ndim == 2 else norm.view(1, -1, 1, 1)
 
+    def learned(self) -> deltas.Layer:
+        lengths = self.lora_magnitude_vector.detach()
+        shape = (-1, *[1] * (self.lora_A.weight.ndim - 1))
+        return replace(super().learned(), magnitude=lengths.reshape(shape))
+
     def forward(self, layer: Layer, x: Tensor, answer: Tensor) -> Tensor:
         times = self.lora_magnitude_vector / self.norm(layer)
         if layer.bias is not None:
@@ -89,9 +112,10 @@ class DoRA(LoRA):
 class WeightAdapter(Adapter):
     """An adapter whose product of small matrices is a whole weight before x is met."""
 
-    def delta(self) -> Tensor:
-        """(out, in * places of the kernel)"""
-        raise NotImplementedError
+    prefix: ClassVar[str]  # of its parameters' names
+
+    def factors(self) -> dict[str, Tensor]:
+        return {name.removeprefix(self.prefix): value for name, value in self.named_parameters()}
 
     def forward(self, layer: Layer, x: Tensor, answer: Tensor) -> Tensor:
         x, delta = self.dropout(x), self.delta()
@@ -105,6 +129,8 @@ class LoHa(WeightAdapter):
     """(W1a W1b) * (W2a W2b), number by number: of rank² with the numbers of two LoRAs (Hyeon-Woo et al. 2022,
     "FedPara", proposition 1). First values as LyCORIS draws them."""
 
+    kind, prefix = "loha", "hada_"
+
     def __init__(self, layer: Layer, rank: int, scale: float, dropout: float, rng: torch.Generator) -> None:
         super().__init__(rank, scale, dropout)
         rows, columns = layer.weight.flatten(1).shape
@@ -116,19 +142,19 @@ class LoHa(WeightAdapter):
         self.hada_w2_a = nn.Parameter(torch.zeros(rows, rank))
         self.hada_w2_b = drawn(rank, columns, std=1.0)
 
-    def delta(self) -> Tensor:
-        return self.scale * (self.hada_w1_a @ self.hada_w1_b) * (self.hada_w2_a @ self.hada_w2_b)
-
 
 class LoKr(WeightAdapter):
     """The Kronecker product of W1 and W2a W2b, or of W1 and a whole W2 where that is as small (Yeh et al.
     2024, "LyCORIS", section 3.2). Sides are cut as near to their square roots as they divide."""
 
+    kind, prefix = "lokr", "lokr_"
+
     def __init__(self, layer: Layer, rank: int, scale: float, dropout: float, rng: torch.Generator) -> None:
         super().__init__(rank, scale, dropout)
         rows, channels = layer.weight.shape[:2]
         (l, k), (m, n) = factors(rows), factors(channels)
-        places = layer.weight[0, 0].numel()
+        self.kernel = layer.weight.shape[2:]
+        places = self.kernel.numel()
         self.lokr_w1 = nn.Parameter(torch.empty(l, m))
         nn.init.kaiming_uniform_(self.lokr_w1, a=math.sqrt(5), generator=rng)
         if rank >= max(k, n) / 2:
@@ -138,14 +164,10 @@ class LoKr(WeightAdapter):
             nn.init.kaiming_uniform_(self.lokr_w2_a, a=math.sqrt(5), generator=rng)
             self.lokr_w2_b = nn.Parameter(torch.zeros(rank, n * places))
 
-    @property
-    def whole(self) -> bool:
-        """Whether W2 is kept as one matrix."""
-        return hasattr(self, "lokr_w2")
-
-    def delta(self) -> Tensor:
-        second = self.lokr_w2 if self.whole else self.lokr_w2_a @ self.lokr_w2_b
-        return self.scale * torch.kron(self.lokr_w1, second)
+    def factors(self) -> dict[str, Tensor]:
+        """With a whole W2 of the kernel's shape, as files have it."""
+        found = super().factors()
+        return found | {"w2": found["w2"].unflatten(1, (-1, *self.kernel))} if "w2" in found else found
 
 
 def factors(size: int) -> tuple[int, int]:

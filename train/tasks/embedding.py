@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ldm.adapters.words import USUAL, write_words
 from text_encoder.clip import CLIPTextEncoder
 from text_encoder.tokenizer import Tokenizer
 from train.batches.latents import Latents
-from train.tasks.adapter_files import TOKENS_FILE, write_tokens
 from train.tasks.tuning import Tuned, Tuning, TuningRecipe
 
 
@@ -108,5 +108,5 @@ class Embedding(Tuning):
         self.facts = {**self.facts, "tokens": recipe.names}
 
     def export(self, folder: Path) -> None:
-        """The vectors under the word, which load_textual_inversion of diffusers finds in the folder."""
-        write_tokens(folder / TOKENS_FILE, {self.settings.token: self.rows.weight})
+        """The vectors under the word, which load_textual_inversion finds in the folder."""
+        write_words({self.settings.token: self.rows.weight}, folder / USUAL[0])

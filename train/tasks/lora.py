@@ -6,18 +6,30 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ldm.adapters.files import USUAL, Adapter, write_adapter
 from ldm.noise import key
 from train.batches.latents import Latents
 from train.batches.plan import Draw, Plan
-from train.tasks.adapter_files import LORA_FILE, write_adapters
-from train.tasks.adapters import ATTENTION, CONVOLUTIONS, KINDS, TEXT_ATTENTION, attach, find_layers, grow
+from train.tasks.adapters import (
+    ATTENTION,
+    CONVOLUTIONS,
+    KINDS,
+    TEXT_ATTENTION,
+    adapters_of,
+    attach,
+    find_layers,
+    grow,
+)
 from train.tasks.denoising import Diffusion
 from train.tasks.diffusion import LatentDiffusion
-from train.tasks.tuning import Spelling, Tuned, Tuning, TuningRecipe, peft_settings
+from train.tasks.tuning import Tuned, Tuning, TuningRecipe
+
+Spelling = Literal["diffusers", "kohya"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +83,10 @@ class LoraRecipe(TuningRecipe):
             )
         if self.adapter == "loha" and self.spelling == "diffusers":
             raise ValueError("spelling=diffusers: diffusers reads no loha, use kohya or leave it out")
+        if self.adapter == "lokr" and self.spelling == "diffusers" and self.train_text_encoder:
+            raise ValueError(
+                "spelling=diffusers: diffusers reads no lokr of a text encoder, use kohya or leave it out"
+            )
         if self.prior.prompt is not None and self.data.max_aspect != 1:
             raise ValueError(
                 f"data.max_aspect={self.data.max_aspect} with prior.prompt: pictures of the class, in the "
@@ -132,13 +148,13 @@ class Lora(Tuning):
         return {name: torch.cat([value, other[name]]) for name, value in batch.items()}
 
     def export(self, folder: Path) -> None:
-        """The adapters in one file, which load_lora_weights of diffusers finds in the folder."""
-        recipe, alpha = self.settings, self.settings.alpha or self.settings.rank
-        settings = {
-            name: peft_settings(recipe.adapter, recipe.rank, alpha, recipe.dropout, ends)
-            for name, ends in recipe.ends.items()
+        """The adapters in one file, which load_lora_weights, ours and diffusers', finds in the folder."""
+        layers = {
+            f"{model}.{name}": adapter.learned()
+            for model, tree in self.trees.items()
+            for name, adapter in adapters_of(tree).items()
         }
-        write_adapters(folder / LORA_FILE, self.trees, settings if recipe.spelt == "diffusers" else None)
+        write_adapter(Adapter(layers), folder / USUAL[0], self.settings.spelt)
 
 
 class Preserving(Tuned):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -159,16 +158,3 @@ class Tuning(LatentDiffusion):
     def loss_model(self, through_text: bool) -> Diffusion:
         """The frozen model and its loss. through_text: gradients pass the text encoder, too."""
         return Diffusion(self.unet, self.text_encoder, self.scheduler, self.recipe.objective, through_text)
-
-
-Spelling = Literal["diffusers", "kohya"]
-
-
-def peft_settings(
-    kind: str, rank: int, alpha: float, dropout: float, ends: tuple[str, ...]
-) -> dict[str, Any]:
-    """What peft's configuration of these adapters says: diffusers reads it from the header of a file."""
-    if kind == "lokr":
-        return {"r": rank, "alpha": alpha, "target_modules": list(ends)}
-    settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": list(ends)}
-    return {**settings, "bias": "none", "use_dora": kind == "dora"}
