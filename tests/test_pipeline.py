@@ -4,12 +4,14 @@ import json
 import logging
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ldm.guidance import apg, autoguidance, classifier_free, within
 from ldm.hub import choose_weights, find_folder
 from ldm.options import Defaults
 from ldm.pipeline import LatentDiffusionPipeline
@@ -346,6 +348,20 @@ def test_a_device_that_is_not_here(name):
 def test_an_interval_without_ends_is_no_interval(pipe):
     everywhere = (-float("inf"), float("inf"))
     assert torch.equal(picture(pipe, guidance_interval=everywhere), picture(pipe))
+
+
+def test_guidance_may_be_another(pipe):
+    """Any maker of ldm.guidance, as such or with its options bound."""
+    rescaled = picture(pipe, guidance_rescale=0.7)
+    assert torch.equal(picture(pipe, guidance=partial(classifier_free, rescale=0.7)), rescaled)
+    plain = picture(pipe, guidance_scale=1.0)
+    assert torch.equal(picture(pipe, guidance_scale=0, guidance=apg), plain)
+    assert torch.equal(picture(pipe, guidance=within(apg, 90.0, 99.0)), plain)
+    assert not torch.equal(picture(pipe, guidance=apg), picture(pipe))
+    itself = partial(autoguidance, worse=pipe.unet)
+    torch.testing.assert_close(picture(pipe, guidance=itself), plain, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"guidance_rescale=0.7 beside guidance"):
+        picture(pipe, guidance=apg, guidance_rescale=0.7)
 
 
 def test_clip_skip_leaves_the_negative_prompt_whole(pipe):
