@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.guidance import apg, autoguidance, classifier_free, within
+from ldm.guidance import apg, autoguidance, classifier_free, conditional, thresholded, within
 from ldm.hub import choose_weights, find_folder
 from ldm.options import Defaults
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.scheduler import Scheduler
+from tests.test_guidance import CONTEXT, UNCOND, Unet, level_at
 from tests.tiny import SCHEDULER, tiny_pipeline
 
 PROMPT, NEGATIVE = "a red fox in snow", "two blue cats"
@@ -106,6 +107,34 @@ def test_guidance_rescale_is_that_of_diffusers(pipe, stock):
     options = {"guidance_scale": 9.0, "guidance_rescale": 0.7, **SMALL, **ODD}
     theirs = stock(PROMPT, generator=torch.Generator().manual_seed(1), **options).images
     torch.testing.assert_close(pipe(PROMPT, seed=1, **options).images, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("eta", "momentum", "norm"), [(0.0, -0.5, 15.0), (0.4, 0.3, 2.0)])
+def test_apg_is_that_of_diffusers(eta, momentum, norm):
+    """Theirs takes what the model predicts, and the paper x0: here it is given x0."""
+    from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
+
+    xt = torch.randn(3, 4, 5, 7)
+    buffer, unet, asked = MomentumBuffer(momentum), Unet(), {"eta": eta, "norm_threshold": norm}
+    with_text, without = (conditional(unet, text, "v") for text in (CONTEXT, UNCOND))
+    ours = apg(unet, CONTEXT, UNCOND, 5.0, "v", eta=eta, momentum=momentum, norm=norm)
+    for t in (800, 500, 200):
+        level = level_at(t)
+        told = (with_text(xt, level), without(xt, level), 4.0, buffer)
+        theirs = normalized_guidance(*told, **asked, use_original_formulation=True)
+        torch.testing.assert_close(ours(xt, level), theirs, atol=1e-4, rtol=1e-4)
+        xt = 0.9 * xt
+
+
+def test_thresholding_is_that_of_diffusers():
+    """Of one channel: theirs takes all together; in pixels, where the limit is 1."""
+    from diffusers import DDPMScheduler
+
+    reference = DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e9)
+    level, unet = level_at(500), lambda xt, t, context: 1.5 * xt
+    ours = thresholded(classifier_free, 1.0, 0.9)(unet, CONTEXT, UNCOND, 1.0, "x0")
+    x = torch.randn(3, 1, 5, 7)
+    torch.testing.assert_close(ours(x, level), reference._threshold_sample(1.5 * x))
 
 
 def test_what_stock_diffusers_saves_loads_here(pipe, stock, tmp_path):
