@@ -169,15 +169,21 @@ def thresholded(
     return make
 
 
-def choose(guidance: Guidance | None, rescale: float, interval: tuple[float, float] | None) -> Guidance:
+def choose(
+    guidance: Guidance | None,
+    rescale: float | None,
+    usual: float,
+    interval: tuple[float, float] | None,
+) -> Guidance:
     """The guidance that a call asks for: its own, or classifier-free; within an interval, where it says one.
 
-    Raises ValueError for rescale beside a guidance of one's own.
+    rescale, usual: of classifier_free, as asked for, and for None. Raises ValueError where it is asked for
+    beside a guidance of one's own.
     """
     if guidance is not None and rescale:
         raise ValueError(
             f"guidance_rescale={rescale} beside guidance: it is an option of the usual one, say "
             f"guidance=functools.partial(classifier_free, rescale={rescale})"
         )
-    chosen: Guidance = guidance or partial(classifier_free, rescale=rescale)
+    chosen = guidance or partial(classifier_free, rescale=usual if rescale is None else rescale)
     return within(chosen, *interval) if interval else chosen

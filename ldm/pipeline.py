@@ -265,9 +265,7 @@ class LatentDiffusionPipeline(SingleFiles, Prompting, Adaptable):
         Raises ValueError, with what is valid, for whatever cannot be.
         """
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        usual = 0.0 if guidance else self.defaults.guidance_rescale
-        rescale = usual if guidance_rescale is None else guidance_rescale
-        options.check_guidance(scale, rescale, guidance_interval)
+        options.check_guidance(scale, guidance_rescale or 0.0, guidance_interval)
         options.check_choice("output_type", output_type, FORMATS)
         framing = options.Framing(original_size, crops_coords_top_left, target_size)
         tableau = self.tableau(num_inference_steps, sampler)
@@ -279,7 +277,7 @@ class LatentDiffusionPipeline(SingleFiles, Prompting, Adaptable):
         context, uncond = (self.texts.framed(each, (h, w), framing) for each in (context, uncond))
         xt, noise, seeds = inputs.first_noise(len(context), shape, seed, generator, latents)
         predict, noise = self._heard(noise, tableau, sampler)
-        guide = choose(guidance, rescale, guidance_interval)
+        guide = choose(guidance, guidance_rescale, self.defaults.guidance_rescale, guidance_interval)
         denoise = guide(predict, context, uncond, max(scale, 1), kind)
         xt = self._run(denoise, xt, tableau, noise, callback_on_step_end, callback_on_step_end_tensor_inputs)
         images = FORMATS[output_type](xt if output_type == "latent" else self.decode(xt))

@@ -107,7 +107,7 @@ def test_nonsense_is_refused():
     with pytest.raises(ValueError, match=r"limit=3.0, quantile=1.5: expected above 0"):
         thresholded(classifier_free, 3.0, quantile=1.5)
     with pytest.raises(ValueError, match=r"guidance_rescale=0.7 beside guidance: it is an option"):
-        choose(apg, 0.7, None)
+        choose(apg, 0.7, 0.0, None)
     with pytest.raises(ValueError, match="zero terminal SNR"):
         conditional(Unet(), CONTEXT, "eps")(torch.zeros(3, 4, 5, 7), Level(999.0, 0.0, 1.0))
 
