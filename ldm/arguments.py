@@ -118,6 +118,12 @@ HOW: Table = {
     "steps": {**WHOLE, "help": "1 to 1000: more is slower and, up to about 50, better"},
     "guidance-scale": {**REAL, "help": "1 to 100: how closely to follow the prompt; 1 is no guidance"},
     "guidance-rescale": {**REAL, "help": "0 to 1: tames the contrast of strong guidance; 0.7 is usual"},
+    "guidance-interval": {
+        "nargs": 2,
+        "type": _number(float),
+        "metavar": ("LOW", "HIGH"),
+        "help": "guide between these log(alpha / sigma) alone, of about -3 (noise) to 3; all if left out",
+    },
     "sampler": {
         "metavar": "NAME",
         "help": "the solver, such as ddim, euler_a or dpmpp_2m: see --list-samplers",

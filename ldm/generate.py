@@ -143,6 +143,7 @@ def draw(
             negative_prompt=recipe.negative_prompt or None,
             guidance_scale=recipe.guidance_scale,
             guidance_rescale=recipe.guidance_rescale,
+            guidance_interval=recipe.guidance_interval,
             sampler=recipe.sampler,
             seed=recipe.seed + index,
             clip_skip=recipe.clip_skip or None,

@@ -133,6 +133,7 @@ def _latents(pipe: LatentDiffusionPipeline, batch: Sequence[Request], stopped: t
         negative_prompt=negatives if any(negatives) else None,
         guidance_scale=first.guidance_scale,
         guidance_rescale=first.guidance_rescale,
+        guidance_interval=first.guidance_interval,
         sampler=first.sampler,
         seed=[request.seed for request in batch if request.seed is not None],
         clip_skip=first.clip_skip or None,

@@ -154,7 +154,10 @@ def check_request(values: Mapping[str, Any]) -> None:
     for name in ("prompt", "negative_prompt"):
         check_prompt(values.get(name, ""), name)
     check_steps(values.get("steps", 1))
-    check_guidance(values.get("guidance_scale", 1), values.get("guidance_rescale", 0))
+    interval = values.get("guidance_interval")
+    check_guidance(values.get("guidance_scale", 1), values.get("guidance_rescale", 0), interval)
+    if interval is not None and math.inf in map(abs, interval):
+        raise ValueError(f"guidance_interval={interval!r}: a recipe holds no infinity; say -99 or 99")
     check_size(values.get("height", 64), values.get("width", 64))
     check_count(values.get("num_images", 1))
     check_seed(values.get("seed", 0), values.get("num_images", 1))

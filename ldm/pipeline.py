@@ -19,7 +19,7 @@ from ldm.adapters.adaptable import Adaptable
 from ldm.context import Context
 from ldm.devices import default_dtype
 from ldm.formats.single_file import SingleFiles
-from ldm.guidance import classifier_free, conditional
+from ldm.guidance import Guidance, choose
 from ldm.hub import find_folder
 from ldm.noise import Noise
 from ldm.outputs import FORMATS, OutputType, PipelineOutput
@@ -207,6 +207,7 @@ class LatentDiffusionPipeline(SingleFiles, Prompting, Adaptable):
         guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        guidance: Guidance | None = None,
         negative_prompt: str | Sequence[inputs.Prompt] | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
@@ -232,14 +233,14 @@ class LatentDiffusionPipeline(SingleFiles, Prompting, Adaptable):
         generator: draws the first noise as in diffusers. latents: that noise, (B, C, h, w) standard normal.
         original_size, crops_coords_top_left, target_size: for SDXL alone, see options.Framing.
         guidance_interval: (low, high) in log(alpha / sigma), no guidance outside. sampler: a name in SOLVERS.
+        guidance: another than classifier_free, such as apg: see ldm.guidance.
         prompt_weighting: "a1111" or "comfy" reads "a (red:1.3) fox". strict: no warnings, but ValueErrors.
         callback_on_step_end: called with (pipeline, step, t, tensors) after each model call; tensors may be
         "latents" and "x0", the clean latents the model sees; it may return {"latents": ...} to go on from.
         Raises ValueError, with what is valid, for whatever cannot be.
         """
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        rescale = self.defaults.guidance_rescale if guidance_rescale is None else guidance_rescale
-        options.check_guidance(scale, rescale, guidance_interval)
+        options.check_guidance(scale, guidance_rescale or 0.0, guidance_interval)
         options.check_choice("output_type", output_type, FORMATS)
         framing = options.Framing(original_size, crops_coords_top_left, target_size)
         tableau = self.tableau(num_inference_steps, sampler)
@@ -251,9 +252,8 @@ class LatentDiffusionPipeline(SingleFiles, Prompting, Adaptable):
         context, uncond = (self.texts.framed(each, (h, w), framing) for each in (context, uncond))
         xt, noise, seeds = inputs.first_noise(len(context), shape, seed, generator, latents)
         predict, noise = self._heard(noise, tableau, sampler)
-        denoise = conditional(predict, context, kind)
-        if scale > 1:
-            denoise = classifier_free(predict, context, uncond, scale, kind, rescale, guidance_interval)
+        guide = choose(guidance, guidance_rescale, self.defaults.guidance_rescale, guidance_interval)
+        denoise = guide(predict, context, uncond, max(scale, 1), kind)
         xt = self._run(denoise, xt, tableau, noise, callback_on_step_end, callback_on_step_end_tensor_inputs)
         images = FORMATS[output_type](xt if output_type == "latent" else self.decode(xt))
         return PipelineOutput(images, seeds, *told) if return_dict else (images, None)  # type: ignore[return-value]

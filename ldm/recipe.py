@@ -34,6 +34,7 @@ class Recipe:
     steps: int
     guidance_scale: float
     guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] | None = None  # of log(alpha / sigma); None: everywhere
     sampler: str
     seed: int  # of the first image
     width: int  # pixels of one image

@@ -30,6 +30,7 @@ class Request:
     steps: int | None = None
     guidance_scale: float | None = None
     guidance_rescale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
     sampler: str | None = None
     width: int | None = None  # pixels
     height: int | None = None
@@ -42,7 +43,7 @@ class Request:
     @property
     def alike(self) -> tuple[Any, ...]:
         """What requests of one batch have in common: all that one call of the pipeline takes but once."""
-        guidance = (self.guidance_scale, self.guidance_rescale)
+        guidance = (self.guidance_scale, self.guidance_rescale, self.guidance_interval)
         text = (self.clip_skip, self.prompt_weighting)
         return self.height, self.width, self.steps, self.sampler, *guidance, *text
 

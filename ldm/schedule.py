@@ -130,6 +130,32 @@ def lay_out(
     raise ValueError(f"timestep spacing {spacing!r}: expected leading, linspace or trailing")
 
 
+def sections(T: int, counts: str) -> Tensor:
+    """(S,) of the T training timesteps, noisiest first: "10,10,5" takes so many of equal sections of them.
+
+    Nichol & Dhariwal 2021, section 4, and ADM: evenly from the first to the last of each section, the
+    cleanest section first. "ddim25" takes 25 at an equal stride from 0 on, as in DDIM.
+    Raises ValueError for another text, and for more of a section than it has, or no such stride.
+    """
+    if counts.removeprefix("ddim").isdecimal() and counts.startswith("ddim"):
+        wanted = int(counts.removeprefix("ddim"))
+        strides = [stride for stride in range(1, T + 1) if len(range(0, T, stride)) == wanted]
+        if not strides:
+            raise ValueError(f"{counts!r}: no whole stride takes {wanted} of {T} timesteps")
+        return torch.arange(0, T, strides[0], dtype=torch.float64).flip(0)
+    each = counts.split(",")
+    if not all(count.strip().isdecimal() for count in each):
+        raise ValueError(f"timestep sections {counts!r}: expected numbers such as 10,10,5, or ddim25")
+    taken, start = [], 0
+    for index, count in enumerate(map(int, each)):
+        size = T // len(each) + (index < T % len(each))  # the first ones take what is over
+        if not 1 <= count <= size:
+            raise ValueError(f"timestep sections {counts!r}: expected 1 to {size} of section {index + 1}")
+        taken.append(torch.linspace(start, start + size - 1, count, dtype=torch.float64).round())
+        start += size
+    return torch.cat(taken).flip(0)
+
+
 def curve(first: Tensor, last: Tensor, count: int, spacing: str) -> Tensor:
     """(count,) noise levels sigma / alpha from first to last: Karras et al. 2022, eq. 5, or even in log_snr.
 
@@ -224,6 +250,11 @@ class NoiseSchedule:
         low = (torch.searchsorted(table, log_ratio, right=True) - 1).clamp(0, len(table) - 2)
         part = (log_ratio - table[low]) / (table[low + 1] - table[low])
         return low + part.clamp(0, 1)
+
+    def respaced(self, counts: str) -> Timesteps:
+        """The timesteps of sections, "10,10,5" or "ddim25", that end at the data."""
+        t = sections(len(self.alpha), counts)
+        return Timesteps.from_ratio(t, self.ratio_at(t))
 
     def timesteps(self, count: int, spacing: Spacing = "trailing") -> Timesteps:
         """count timesteps that end at the data, alpha = 1; what diffusers' classes do is in scheduler.py."""

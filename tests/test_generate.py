@@ -79,12 +79,14 @@ def plain(path: Path, **texts: str) -> Path:
 
 
 def test_a_picture_and_its_repetition(run, tmp_path):
-    status, out, err = run(PROMPT, "--negative-prompt=blurry", "--guidance-rescale=0.7", "--sampler=euler_a")
+    asked = ["--guidance-rescale=0.7", "--guidance-interval", "-2.5", "3", "--sampler=euler_a"]
+    status, out, err = run(PROMPT, "--negative-prompt=blurry", *asked)
     assert (status, out, err) == (0, "a-red-fox-in-snow-0001.png\n", "")
     first = tmp_path / out.strip()
     assert Image.open(first).size == (24, 16)
     recipe = read_recipe(first)
     assert (recipe.prompt, recipe.sampler, recipe.steps, recipe.model) == (PROMPT, "euler_a", 2, "bundled")
+    assert recipe.guidance_interval == (-2.5, 3.0)
     assert (
         Image.open(first)
         .info["parameters"]

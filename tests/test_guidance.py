@@ -1,12 +1,13 @@
 """Guidance is a function of the model's answers; interval and rescale do what the papers say."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from ldm.context import Context
-from ldm.guidance import classifier_free, conditional
+from ldm.guidance import apg, autoguidance, choose, classifier_free, conditional, thresholded, within
 from ldm.schedule import Level, NoiseSchedule
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -75,7 +76,7 @@ def test_rescale_is_that_of_lin_et_al(rescale, xt):
 def test_interval_guides_inside_only(xt):
     """The levels outside cost one call of the plain batch, zero SNR among them."""
     unet = Unet()
-    denoise = classifier_free(unet, CONTEXT, UNCOND, 4.0, "v", interval=(-1.69, 1.27))
+    denoise = within(classifier_free, -1.69, 1.27)(unet, CONTEXT, UNCOND, 4.0, "v")
     everywhere = classifier_free(Unet(), CONTEXT, UNCOND, 4.0, "v")
     inside = []
     zero_snr = SCHEDULE.zero_terminal_snr()
@@ -102,6 +103,72 @@ def test_nonsense_is_refused():
     with pytest.raises(ValueError, match=r"rescale=1.5: expected 0 \(none\) to 1 \(full\)"):
         classifier_free(Unet(), CONTEXT, UNCOND, 4.0, "v", rescale=1.5)
     with pytest.raises(ValueError, match=r"interval \(2.0, -1.0\) is empty"):
-        classifier_free(Unet(), CONTEXT, UNCOND, 4.0, "v", interval=(2.0, -1.0))
+        within(classifier_free, 2.0, -1.0)
+    with pytest.raises(ValueError, match=r"limit=3.0, quantile=1.5: expected above 0"):
+        thresholded(classifier_free, 3.0, quantile=1.5)
+    with pytest.raises(ValueError, match=r"guidance_rescale=0.7 beside guidance: it is an option"):
+        choose(apg, 0.7, 0.0, None)
     with pytest.raises(ValueError, match="zero terminal SNR"):
         conditional(Unet(), CONTEXT, "eps")(torch.zeros(3, 4, 5, 7), Level(999.0, 0.0, 1.0))
+
+
+MAKERS = [
+    partial(classifier_free, rescale=0.7),
+    partial(apg, norm=1.0),
+    partial(autoguidance, worse=lambda *told: -Unet()(*told)),
+    within(apg, -9.0, 9.0),
+    thresholded(classifier_free, 1e9),
+]
+
+
+@pytest.mark.parametrize("guidance", MAKERS)
+@pytest.mark.parametrize("kind", ["eps", "v", "flow"])
+def test_scale_one_is_no_guidance_of_any_kind(guidance, kind, xt):
+    level = level_at(400)
+    plain = conditional(Unet(), CONTEXT, kind)(xt, level)
+    torch.testing.assert_close(guidance(Unet(), CONTEXT, UNCOND, 1.0, kind)(xt, level), plain)
+    assert not torch.allclose(guidance(Unet(), CONTEXT, UNCOND, 3.0, kind)(xt, level), plain, atol=1e-2)
+
+
+def run(guidance, xt, kind="eps", scale=5.0):
+    """The answers of three calls of one run, each for another xt."""
+    denoise = guidance(Unet(), CONTEXT, UNCOND, scale, kind)
+    return [denoise(xt + shift, level_at(t)) for shift, t in ((0.0, 700), (0.5, 400), (1.0, 100))]
+
+
+def test_apg_that_changes_nothing_is_classifier_free(xt):
+    plain = partial(apg, eta=1.0, momentum=0.0, norm=math.inf)
+    for ours, theirs in zip(run(plain, xt), run(classifier_free, xt), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_apg_moves_across_the_conditional_answer_and_no_further_than_norm(xt):
+    for eta, norm in ((0.0, math.inf), (0.0, 2.0), (0.5, 2.0)):
+        guided = run(partial(apg, eta=eta, norm=norm), xt)
+        for x0, plain in zip(guided, run(apg, xt, scale=1.0), strict=True):
+            change, plain = (x0 - plain).flatten(1) / 4, plain.flatten(1)
+            cosine = torch.cosine_similarity(change, plain, dim=1)
+            assert (cosine.abs() < 1e-3).all() == (eta == 0)
+            assert (change.norm(dim=1) <= norm * 1.001).all()
+
+
+def test_autoguidance_leads_away_from_the_worse_model(xt):
+    worse, level = Unet(), level_at(500)
+    worse.__class__ = type(
+        "Worse", (Unet,), {"__call__": lambda self, *told: 0.5 * Unet.__call__(self, *told)}
+    )
+    x0 = autoguidance(Unet(), CONTEXT, UNCOND, 2.0, "v", worse=worse)(xt, level)
+    good, bad = (conditional(unet, CONTEXT, "v")(xt, level) for unet in (Unet(), worse))
+    torch.testing.assert_close(x0, 2 * good - bad)
+    assert worse.batches == [3, 3]
+
+
+def test_thresholding_keeps_what_is_within(xt):
+    level, plain = level_at(500), conditional(Unet(), CONTEXT, "x0")
+    sizes = plain(xt, level).abs().amax((0, 2, 3))
+    kept = thresholded(classifier_free, sizes.max().item())(Unet(), CONTEXT, UNCOND, 1.0, "x0")(xt, level)
+    assert torch.equal(kept, plain(xt, level))
+    mean, std = torch.tensor([1.0, 0.0, -2.0, 0.5]), torch.tensor([1.0, 2.0, 0.5, 1.0])
+    strong = thresholded(classifier_free, 1.5, 0.9, mean, std)(Unet(), CONTEXT, UNCOND, 9.0, "x0")(xt, level)
+    white = (strong - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    assert white.abs().max() == pytest.approx(1.5, rel=1e-5)

@@ -4,16 +4,19 @@ import json
 import logging
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ldm.guidance import apg, autoguidance, classifier_free, conditional, thresholded, within
 from ldm.hub import choose_weights, find_folder
 from ldm.options import Defaults
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.scheduler import Scheduler
+from tests.test_guidance import CONTEXT, UNCOND, Unet, level_at
 from tests.tiny import SCHEDULER, tiny_pipeline
 
 PROMPT, NEGATIVE = "a red fox in snow", "two blue cats"
@@ -104,6 +107,34 @@ def test_guidance_rescale_is_that_of_diffusers(pipe, stock):
     options = {"guidance_scale": 9.0, "guidance_rescale": 0.7, **SMALL, **ODD}
     theirs = stock(PROMPT, generator=torch.Generator().manual_seed(1), **options).images
     torch.testing.assert_close(pipe(PROMPT, seed=1, **options).images, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("eta", "momentum", "norm"), [(0.0, -0.5, 15.0), (0.4, 0.3, 2.0)])
+def test_apg_is_that_of_diffusers(eta, momentum, norm):
+    """Theirs takes what the model predicts, and the paper x0: here it is given x0."""
+    from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
+
+    xt = torch.randn(3, 4, 5, 7)
+    buffer, unet, asked = MomentumBuffer(momentum), Unet(), {"eta": eta, "norm_threshold": norm}
+    with_text, without = (conditional(unet, text, "v") for text in (CONTEXT, UNCOND))
+    ours = apg(unet, CONTEXT, UNCOND, 5.0, "v", eta=eta, momentum=momentum, norm=norm)
+    for t in (800, 500, 200):
+        level = level_at(t)
+        told = (with_text(xt, level), without(xt, level), 4.0, buffer)
+        theirs = normalized_guidance(*told, **asked, use_original_formulation=True)
+        torch.testing.assert_close(ours(xt, level), theirs, atol=1e-4, rtol=1e-4)
+        xt = 0.9 * xt
+
+
+def test_thresholding_is_that_of_diffusers():
+    """Of one channel: theirs takes all together; in pixels, where the limit is 1."""
+    from diffusers import DDPMScheduler
+
+    reference = DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=1e9)
+    level, unet = level_at(500), lambda xt, t, context: 1.5 * xt
+    ours = thresholded(classifier_free, 1.0, 0.9)(unet, CONTEXT, UNCOND, 1.0, "x0")
+    x = torch.randn(3, 1, 5, 7)
+    torch.testing.assert_close(ours(x, level), reference._threshold_sample(1.5 * x))
 
 
 def test_what_stock_diffusers_saves_loads_here(pipe, stock, tmp_path):
@@ -346,6 +377,20 @@ def test_a_device_that_is_not_here(name):
 def test_an_interval_without_ends_is_no_interval(pipe):
     everywhere = (-float("inf"), float("inf"))
     assert torch.equal(picture(pipe, guidance_interval=everywhere), picture(pipe))
+
+
+def test_guidance_may_be_another(pipe):
+    """Any maker of ldm.guidance, as such or with its options bound."""
+    rescaled = picture(pipe, guidance_rescale=0.7)
+    assert torch.equal(picture(pipe, guidance=partial(classifier_free, rescale=0.7)), rescaled)
+    plain = picture(pipe, guidance_scale=1.0)
+    assert torch.equal(picture(pipe, guidance_scale=0, guidance=apg), plain)
+    assert torch.equal(picture(pipe, guidance=within(apg, 90.0, 99.0)), plain)
+    assert not torch.equal(picture(pipe, guidance=apg), picture(pipe))
+    itself = partial(autoguidance, worse=pipe.unet)
+    torch.testing.assert_close(picture(pipe, guidance=itself), plain, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"guidance_rescale=0.7 beside guidance"):
+        picture(pipe, guidance=apg, guidance_rescale=0.7)
 
 
 def test_clip_skip_leaves_the_negative_prompt_whole(pipe):

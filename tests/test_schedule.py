@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from ldm.schedule import Level, NoiseSchedule, Timesteps, curve, lay_out, to_eps, to_flow, to_v, to_x0
+from ldm.schedule import (
+    Level,
+    NoiseSchedule,
+    Timesteps,
+    curve,
+    lay_out,
+    sections,
+    to_eps,
+    to_flow,
+    to_v,
+    to_x0,
+)
 
 SCHEDULES = {
     "linear": NoiseSchedule.linear(),
@@ -165,3 +176,42 @@ def test_what_cannot_be_laid_out_is_refused():
         Timesteps.from_ratio(torch.tensor([3.0, 3.0]), torch.tensor([2.0, 2.0], dtype=torch.float64))
     one = curve(*torch.tensor([4.0, 1.0], dtype=torch.float64), 1, "karras")
     assert one.tolist() == pytest.approx([4])
+
+
+@pytest.mark.parametrize(
+    ("T", "counts", "expected"),
+    [
+        (1000, "ddim25", list(range(0, 1000, 40))),
+        (1000, "ddim1000", list(range(1000))),
+        (12, "4", [0, 4, 7, 11]),
+        (11, "3,1,2", [0, 2, 3, 4, 8, 10]),  # sections of 4, 4 and 3
+        (1000, "1", [0]),
+    ],
+)
+def test_sections_are_those_of_improved_ddpm(T, counts, expected):
+    assert sections(T, counts).flip(0).tolist() == expected
+
+
+def test_a_respaced_run_keeps_the_noise_levels():
+    """beta' = 1 - alpha_bar / alpha_bar before (Nichol & Dhariwal 2021, eq. 19): the levels stay."""
+    schedule = SCHEDULES["cosine"]
+    steps = schedule.respaced("10,10,5")
+    t = steps.t.long()
+    assert len(steps) == 25
+    torch.testing.assert_close(
+        steps.alpha, torch.cat([schedule.alpha[t], torch.ones(1, dtype=torch.float64)])
+    )
+    betas = 1 - (steps.alpha[:-1] / steps.alpha[1:]) ** 2
+    torch.testing.assert_close(NoiseSchedule.from_betas(betas.flip(0)).alpha, schedule.alpha[t].flip(0))
+
+
+def test_sections_that_cannot_be_are_refused():
+    for counts, message in (
+        ("10;5", "expected numbers such as 10,10,5, or ddim25"),
+        ("ddim", "expected numbers such as"),
+        ("ddim600", "no whole stride takes 600 of 1000 timesteps"),
+        ("10,600", "expected 1 to 500 of section 2"),
+        ("0", "expected 1 to 1000 of section 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sections(1000, counts)

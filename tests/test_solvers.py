@@ -170,3 +170,12 @@ def test_gradients_are_on_outside_the_model():
     run = trajectory(gaussian, torch.randn(1, 1, 3, 5), ddim(even_steps(3)), NO_NOISE)
     next(run)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_straight_path_is_followed_exactly(count):
+    """Rectified flow (Liu et al. 2023, eq. 1): Euler with the right flow needs one step, from anywhere."""
+    xt, flow = torch.randn(2, 3, 4, 5, 7, dtype=torch.float64)
+    tableau = Scheduler.default("flow").tableau(count, "euler")
+    end = sample(lambda xt, level: to_x0(flow, xt, level, "flow"), xt, tableau, NO_NOISE)
+    torch.testing.assert_close(end, xt - flow)
