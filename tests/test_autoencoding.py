@@ -81,6 +81,7 @@ def test_with_an_adversary_12_steps_equal_8_and_4(tmp_path):
         train(autoencoder_recipe(tmp_path / "whole", **{**options, "adversary": AdversaryConfig()}))
 
 
+@pytest.mark.slow
 def test_an_adversary_cannot_join_a_run_that_had_none(tmp_path):
     train(autoencoder_recipe(tmp_path, steps=4))
     path = tmp_path / "checkpoints/step-00000004"
@@ -111,6 +112,7 @@ def test_a_tiny_autoencoder_learns_four_pictures_by_heart(tmp_path):
     Autoencoding(replace(recipe, start=str(tmp_path / "run"), output=str(tmp_path / "more")))
 
 
+@pytest.mark.slow
 def test_a_strong_kl_falls(tmp_path):
     strong = ReconstructionConfig(kl=10.0, equivariance=0.0)
     train(autoencoder_recipe(tmp_path, steps=20, optim=replace(OPTIM, lr=1e-2), loss=strong))

@@ -67,6 +67,7 @@ def test_the_pipeline_reads_as_many_chunks_as_its_model_says(tiny_pipeline, tmp_
     assert whole.images[1] == pytest.approx(alone.images[0], abs=1e-5)  # whatever its batch
 
 
+@pytest.mark.slow
 def test_a_model_trained_with_chunks_says_so(tmp_path):
     torch.manual_seed(0)
     save_model(AutoencoderKL(VAE), tmp_path / "autoencoder")

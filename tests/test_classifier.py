@@ -108,6 +108,7 @@ def tiny(**changes: object) -> NoisyClassifier:
     return NoisyClassifier(UNetConfig(**settings | changes), classes=2)
 
 
+@pytest.mark.slow
 def test_a_small_classifier_learns_and_leads():
     torch.manual_seed(0)
     classifier = tiny()

@@ -160,6 +160,7 @@ def test_ranks_share_the_drawing(run, tmp_path, monkeypatch):
         wait_for([Path("nowhere.png")], patience=0)
 
 
+@pytest.mark.slow
 def test_reconstruction(run, tmp_path):
     paint(tmp_path / "real", 6)
     status, out, err = run("--reconstruction", "--reference=real", "--output=out")

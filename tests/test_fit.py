@@ -501,6 +501,7 @@ def test_offset_noise_and_input_perturbation(tmp_path, autoencoder):
         ObjectiveConfig(input_perturbation=-1)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_trains_the_same(tmp_path, autoencoder):
     for name, options in (("plain", {}), ("checkpointed", {"gradient_checkpointing": True})):
         train_diffusion(diffusion_recipe(tmp_path / name, steps=4, **options), autoencoder)
@@ -748,6 +749,7 @@ def test_the_last_state_of_a_full_disk_goes_elsewhere(tmp_path, monkeypatch):
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_saves_beside_the_training_hold_the_state_of_their_step(tmp_path, monkeypatch):
     """Bit for bit, while slow saves are overtaken by steps; and a stop waits for the one in hand."""
     fit(Toy(), toy_config(tmp_path / "whole", keep_last=9))

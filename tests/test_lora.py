@@ -53,6 +53,7 @@ def run(recipe: LoraRecipe, stop_after: int = 0) -> Lora:
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "lora"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", *SLOW])
 def test_only_adapters_move_and_at_first_nothing_is_other(tmp_path, model, kind):
     """The first loss is the whole model's bit for bit; the checkpoint holds adapters and nothing else."""

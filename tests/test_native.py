@@ -355,6 +355,7 @@ def test_without_a_compiler_it_says_what_to_do(fresh, monkeypatch):
         native.check()
 
 
+@pytest.mark.slow
 def test_a_failed_build_leaves_nothing_and_tells_what_the_compiler_said(fresh, monkeypatch):
     monkeypatch.setattr(build, "FLAGS", build.FLAGS + " -Dload=1")
     with pytest.raises(ValueError, match=r"g\+\+ failed \(.*error"):

@@ -271,6 +271,7 @@ def saved_bytes(unet, xt, t, context):
     return [parameter.grad for parameter in unet.parameters()], kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop", [0.0, 0.3])
 def test_gradient_checkpointing(drop):
     """Less is kept, no bit of the gradients changes, and a copy of the UNet is checkpointed on its own."""
