@@ -316,7 +316,7 @@ print(min(after - before for before, after in zip(each[1:], each[2:])))
 
 @pytest.mark.slow
 def test_a_decode_asks_the_system_for_no_memory_again():
-    """Every page that it asks for anew is a fault. The best of some: what is kept may lie in pieces at first."""
+    """Every page that it asks for anew is a fault. The best of some: at first what is kept lies in pieces."""
     root, faults = Path(__file__).parents[1], []
     for how in ("plain", "keep"):
         command = [sys.executable, "-c", FAULTS, how]
