@@ -12,13 +12,13 @@ demo: .venv/demo
 	.venv/bin/python -m ldm.generate "a red fox in snow"
 
 test: .venv/test
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto
 
 check:
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest -q -m "not slow"
+	$(PYTHON) -m pytest -q -n auto -m "not slow"
 
 fix:
 	$(PYTHON) -m ruff check --fix .

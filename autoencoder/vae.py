@@ -5,13 +5,16 @@ Config keys and parameter names are those of diffusers' AutoencoderKL: they are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from autoencoder import tiling
 from autoencoder.layers import (
     AttentionBlock,
     Downsample,
@@ -247,6 +250,9 @@ class AutoencoderKL(nn.Module):
 
     config_class = AutoencoderKLConfig
     stock_class = "AutoencoderKL"
+    largest_whole: float = (
+        2**20
+    )  # pixels of a picture, SDXL's; larger ones go through in strips, see tiling.py
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
@@ -279,7 +285,9 @@ class AutoencoderKL(nn.Module):
                 f"an image of {width}x{height} pixels does not fit the autoencoder: its sides must be "
                 f"multiples of {factor}, take {multiples_of(factor, (width, height))}"
             )
-        moments = self.quant_conv(self.encoder(image.to(self.dtype))).to(image.dtype)
+        strips = self.in_strips(height * width)
+        encoder = partial(tiling.encode, self.encoder) if strips else self.encoder
+        moments = self.quant_conv(encoder(image.to(self.dtype))).to(image.dtype)
         mean, logvar = moments.chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30, 20))  # the bounds of Rombach et al.'s code
 
@@ -299,7 +307,24 @@ class AutoencoderKL(nn.Module):
                 f"C = {self.config.latent_channels} channels"
             )
         z = latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
-        return self.decoder(self.post_quant_conv(z.to(self.dtype))).to(latents.dtype)
+        strips = self.in_strips(math.prod(latents.shape[2:]) * self.downsample_factor**2)
+        decoder = partial(tiling.decode, self.decoder) if strips else self.decoder
+        return decoder(self.post_quant_conv(z.to(self.dtype))).to(latents.dtype)
+
+    def in_strips(self, pixels: int) -> bool:
+        """Whether a picture of so many pixels goes through in strips: the same but for rounding, less memory.
+
+        Never where gradients are kept: they would hold what strips give away.
+        """
+        return pixels > self.largest_whole and not torch.is_grad_enabled()
+
+    def enable_tiling(self) -> None:
+        """Pictures of every size in strips; by itself, those of more than 1024x1024 pixels."""
+        self.largest_whole = 0
+
+    def disable_tiling(self) -> None:
+        """No picture in strips, whatever its size."""
+        self.largest_whole = math.inf
 
     def to_colours(self, latents: Tensor) -> Tensor:
         """A quick look at latents: (B, C, h, w) to (B, 3, h, w) in about [-1, 1], a linear map of each place.
@@ -322,3 +347,30 @@ class AutoencoderKL(nn.Module):
     def rename_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Old names of the attention layers to today's."""
         return rename_attention(state_dict)
+
+
+def rescaled(vae: AutoencoderKL, scaling_factor: float) -> AutoencoderKL:
+    """The same autoencoder, to rounding, with another scaling_factor: z is as many times as large.
+
+    Latents and pictures stay, so that a program that assumes a factor reads them. The first and last maps of
+    z change; all other weights are shared. Raises ValueError if there are no such maps, or with a shift.
+    """
+    config = vae.config
+    if not (config.use_quant_conv and config.use_post_quant_conv) or config.shift_factor:
+        raise ValueError(
+            "rescaled: an autoencoder without quant_conv and post_quant_conv, or with a shift_factor, has no "
+            "map that could take the scale"
+        )
+    ratio = config.scaling_factor / scaling_factor
+    with torch.device("meta"):
+        twin = AutoencoderKL(replace(config, scaling_factor=scaling_factor))
+    tensors = dict(vae.state_dict())
+    means = config.latent_channels  # the first half of the moments; the second is log variances
+    weight, bias = tensors["quant_conv.weight"].clone(), tensors["quant_conv.bias"].clone()
+    weight[:means] *= ratio
+    bias[:means] *= ratio
+    bias[means:] += 2 * math.log(ratio)
+    tensors |= {"quant_conv.weight": weight, "quant_conv.bias": bias}
+    tensors["post_quant_conv.weight"] = tensors["post_quant_conv.weight"] / ratio
+    twin.load_state_dict(tensors, assign=True)
+    return twin.train(vae.training)

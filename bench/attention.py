@@ -30,9 +30,9 @@ from bench.measure import hardware, relative_error, seconds, table
 from bench.models import SD1
 from bench.rows import reason
 from ldm import native
-from ldm.attention import WHY_NOT, CrossAttention, SelfAttention, memory_efficient
-from ldm.pipeline import default_dtype
-from ldm.unet import UNet, UNetConfig
+from ldm.drawing.devices import default_dtype
+from ldm.model.attention import WHY_NOT, CrossAttention, SelfAttention, memory_efficient
+from ldm.model.unet import UNet, UNetConfig
 
 Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 

@@ -29,7 +29,7 @@ from bench.measure import hardware, table
 from bench.models import SD1, Size, narrower, write_pipeline
 from bench.rows import Make, Result, Row, Settings, Unavailable, chosen, race, start
 from bench.sides import Ours, OursCompiled, OursOptimized, Theirs, TheirsCompiled, TheirsFrozen
-from ldm.pipeline import default_dtype
+from ldm.drawing.devices import default_dtype
 
 
 class Bare(torch.nn.Module):

@@ -68,7 +68,7 @@ class Drawing:
     def __init__(self, settings: Settings) -> None:
         self.pipe = LatentDiffusionPipeline.from_pretrained(settings.folder).to(settings.device)
         self.pipe.set_progress_bar_config(disable=True)
-        self.decode: Callable[[Tensor], Tensor] = self.pipe.decode
+        self.pipe.disable_vae_tiling()
 
     @torch.no_grad()
     def call(self, what: str, batch: int) -> Tensor:
@@ -84,21 +84,15 @@ class Drawing:
             sampler="ddim",
             output_type="latent",
         ).images
-        return self.decode(latents)
+        return self.pipe.decode(latents)
 
 
 class DrawingInTiles(Drawing):
-    """The same with latents decoded in tiles: ours where the pipeline has that, else by diffusers."""
+    """The same with latents decoded in strips, whatever their size."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        if hasattr(self.pipe, "enable_vae_tiling"):
-            self.pipe.enable_vae_tiling()
-            return
-        vae = self.pipe.to_diffusers().vae
-        vae.enable_tiling()
-        scaling, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
-        self.decode = lambda latents: vae.decode(latents.to(vae.dtype) / scaling + shift).sample
+        self.pipe.enable_vae_tiling()
 
 
 class Encoding:

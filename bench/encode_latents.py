@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
-from ldm.checkpoint import save_model
-from ldm.config import replacing
+from ldm.files.checkpoint import save_model
+from ldm.files.config import replacing
 from train.batches.buckets import Size, frame
 from train.batches.encoding import BATCH, Read, compute_latents, load_encoder, read_batches
 from train.batches.latents import Shard

@@ -28,7 +28,7 @@ from bench.measure import hardware, matmul_rate, table
 from bench.models import SD1, narrower, unet_flop, write_pipeline
 from bench.rows import Make, Result, Row, Settings, chosen, race, start
 from bench.sides import Ours, OursCompiled, OursGraphed, OursOptimized, Theirs, TheirsFastest
-from ldm.unet import UNetConfig
+from ldm.model.unet import UNetConfig
 
 HALF = torch.bfloat16
 

@@ -13,9 +13,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
+from ldm.diffusion.scheduler import Scheduler
+from ldm.model.unet import UNet, UNetConfig
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.scheduler import Scheduler
-from ldm.unet import UNet, UNetConfig
 from train.tasks.text import TextConfig, build_text_encoder
 
 PROMPT = "a red fox in snow"

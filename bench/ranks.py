@@ -22,9 +22,9 @@ from accelerate import Accelerator
 from autoencoder.vae import AutoencoderKL
 from bench.measure import seconds
 from bench.training import our_step
-from ldm.checkpoint import load_model
-from ldm.config import read_config, read_json
-from ldm.unet import UNetConfig
+from ldm.files.checkpoint import load_model
+from ldm.files.config import read_config, read_json
+from ldm.model.unet import UNetConfig
 from train.data.sources import DataConfig
 from train.fit.loop import cpu_only
 from train.fit.planning import made_up

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm.architecture import UNetConfig
-from ldm.context import Context
+from ldm.model.architecture import UNetConfig
+from ldm.model.context import Context
+from ldm.model.unet import UNet
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.unet import UNet
 
 Call = Callable[[], Tensor]
 

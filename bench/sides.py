@@ -13,11 +13,11 @@ from torch import Tensor
 from bench.kernels import tell_profiler
 from bench.models import PROMPT
 from bench.rows import Settings, Unavailable
-from ldm.context import Context
-from ldm.inputs import first_noise
+from ldm.diffusion.sample import Denoiser, sample
+from ldm.diffusion.schedule import Level, to_x0
+from ldm.drawing.inputs import first_noise
+from ldm.model.context import Context
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.sample import Denoiser, sample
-from ldm.schedule import Level, to_x0
 
 SCALE = 7.5  # of guidance
 T = 501  # timestep of a single UNet call

@@ -35,9 +35,9 @@ import torch._dynamo
 import torch.distributed.tensor  # as the line above: a training imports it late, here once for all of them
 
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
-from ldm.checkpoint import save_model
-from ldm.config import read_json, write_json
-from ldm.unet import UNetConfig
+from ldm.files.checkpoint import save_model
+from ldm.files.config import read_json, write_json
+from ldm.model.unet import UNetConfig
 from train.batches.encoding import compute_latents
 from train.command import leave_group
 from train.data.sources import DataConfig

@@ -25,7 +25,7 @@ from autoencoder.vae import AutoencoderKL
 from bench.measure import hardware, seconds, table
 from bench.models import SD1, narrower, write_pipeline
 from bench.training import Peer, Step, agreement, faster_layout, our_recipe, our_step, read_pictures
-from ldm.checkpoint import load_model
+from ldm.files.checkpoint import load_model
 from train.tasks.diffusion import LatentDiffusion
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from torch import Tensor
 from autoencoder.vae import AutoencoderKL
 from bench import measure
 from bench.models import Size
-from ldm.checkpoint import load_model
+from ldm.files.checkpoint import load_model
 from text_encoder.tokenizer import Tokenizer
 from train.batches.latents import Bucket, CacheKey, Latents
 from train.batches.plan import Plan

@@ -9,20 +9,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ldm.checkpoint import load_model, save_model
-    from ldm.guidance import classifier_free, conditional
-    from ldm.objective import diffusion_loss
+    from ldm.diffusion.guidance import classifier_free, conditional
+    from ldm.diffusion.objective import diffusion_loss
+    from ldm.diffusion.sample import trajectory
+    from ldm.diffusion.schedule import NoiseSchedule
+    from ldm.diffusion.scheduler import Scheduler
+    from ldm.diffusion.solvers import SOLVERS
+    from ldm.files.checkpoint import load_model, save_model
+    from ldm.model.unet import UNet, UNetConfig
     from ldm.pipeline import LatentDiffusionPipeline
-    from ldm.sample import trajectory
-    from ldm.schedule import NoiseSchedule
-    from ldm.scheduler import Scheduler
-    from ldm.solvers import SOLVERS
-    from ldm.unet import UNet, UNetConfig
+    from ldm.upscaling import LatentUpscalePipeline
 
-# Not `sample`, as the module of that name stands in its place: `from ldm.sample import sample`.
+# Not `sample`, as the module of that name stands in its place: `from ldm.diffusion.sample import sample`.
 __all__ = [
     "SOLVERS",
     "LatentDiffusionPipeline",
+    "LatentUpscalePipeline",
     "NoiseSchedule",
     "Scheduler",
     "UNet",
@@ -37,17 +39,18 @@ __all__ = [
 
 _HOMES = {
     "LatentDiffusionPipeline": "ldm.pipeline",
-    "NoiseSchedule": "ldm.schedule",
-    "SOLVERS": "ldm.solvers",
-    "Scheduler": "ldm.scheduler",
-    "UNet": "ldm.unet",
-    "UNetConfig": "ldm.unet",
-    "classifier_free": "ldm.guidance",
-    "conditional": "ldm.guidance",
-    "diffusion_loss": "ldm.objective",
-    "load_model": "ldm.checkpoint",
-    "save_model": "ldm.checkpoint",
-    "trajectory": "ldm.sample",
+    "LatentUpscalePipeline": "ldm.upscaling",
+    "NoiseSchedule": "ldm.diffusion.schedule",
+    "SOLVERS": "ldm.diffusion.solvers",
+    "Scheduler": "ldm.diffusion.scheduler",
+    "UNet": "ldm.model.unet",
+    "UNetConfig": "ldm.model.unet",
+    "classifier_free": "ldm.diffusion.guidance",
+    "conditional": "ldm.diffusion.guidance",
+    "diffusion_loss": "ldm.diffusion.objective",
+    "load_model": "ldm.files.checkpoint",
+    "save_model": "ldm.files.checkpoint",
+    "trajectory": "ldm.diffusion.sample",
 }
 
 

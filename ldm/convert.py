@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.arguments import DTYPES, Parser
+from ldm.command.arguments import DTYPES, Parser
 
 if TYPE_CHECKING:
     from ldm.formats.pieces import Pieces
@@ -120,9 +120,9 @@ def readable(source: Path, beside: Path) -> Iterator[Path]:
 
 def read(args: argparse.Namespace, source: Path) -> Pieces:
     """The pieces of the source. Raises ValueError if it is not whole, or not known."""
+    from ldm.files.hub import find_folder
     from ldm.formats.pieces import read_folder
     from ldm.formats.single_file import read_single
-    from ldm.hub import find_folder
 
     if source.is_file():
         config = find_folder(args.config, None) if args.config else None

@@ -10,31 +10,60 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.metrics import arguments
+from ldm.metrics import arguments, subcommands
 
 
-def run(words: Sequence[str]) -> Path | None:
-    """Does what the words of a command line ask for: the path of the report; None on ranks that only draw.
+def run_sweep(words: Sequence[str]) -> Path | None:
+    args = subcommands.make_sweep_parser().parse_args(words)
+    settings = subcommands.settings_of(args)
+    from ldm.metrics.sweep import sweep
 
-    Raises ValueError for what cannot be.
-    """
-    if words[:1] == ["sweep"]:
-        args = arguments.make_sweep_parser().parse_args(words[1:])
-        settings = arguments.settings_of(args)
-        from ldm.metrics.sweep import sweep
+    return sweep(args, settings)
 
-        return sweep(args, settings)
-    if words[:1] == ["audit"]:
-        args = arguments.make_audit_parser().parse_args(words[1:])
-        arguments.check_audit(args)
-        from ldm.metrics.audit import audit
 
-        return audit(args)
+def run_scenes(words: Sequence[str]) -> Path | None:
+    args = subcommands.make_scenes_parser().parse_args(words)
+    subcommands.check_scenes(args)
+    from ldm.metrics.scenes import examine
+
+    return examine(args)
+
+
+def run_losses(words: Sequence[str]) -> Path:
+    args = subcommands.make_losses_parser().parse_args(words)
+    arguments.check_numbers(args)
+    from ldm.metrics.losses import show_losses
+
+    return show_losses(args)
+
+
+def run_audit(words: Sequence[str]) -> Path:
+    args = subcommands.make_audit_parser().parse_args(words)
+    subcommands.check_audit(args)
+    from ldm.metrics.audit import audit
+
+    return audit(args)
+
+
+def run_measure(words: Sequence[str]) -> Path | None:
     args = arguments.make_parser().parse_args(words)
     arguments.check(args)
     from ldm.metrics.measurement import measure, measure_reconstruction
 
     return measure_reconstruction(args) if args.reconstruction else measure(args)
+
+
+RUNS = {"sweep": run_sweep, "scenes": run_scenes, "losses": run_losses, "audit": run_audit}
+
+
+def run(words: Sequence[str]) -> Path | None:
+    """Does what the words of a command line ask for: the path of the report; None on ranks that only help.
+
+    Raises ValueError for what cannot be.
+    """
+    if words and words[0] in RUNS:
+        return RUNS[words[0]](words[1:])
+    return run_measure(words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -15,15 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm import options
-from ldm.arguments import DTYPES, make_parser, settle
-from ldm.picture import check_output, free_path, grid, save_picture
-from ldm.recipe import A1111, Recipe
+from ldm.command.arguments import DTYPES, make_parser, settle
+from ldm.recipes import options
+from ldm.recipes.picture import check_output, free_path, grid, save_picture
+from ldm.recipes.recipe import A1111, Recipe
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.pipeline import LatentDiffusionPipeline
+    from ldm.upscaling import LatentUpscalePipeline
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +50,23 @@ def outputs(args: argparse.Namespace, prompt: str, count: int) -> list[Path]:
     return paths
 
 
-def check_same(recipe: Recipe, source: Recipe, asked: str | None) -> None:
+def check_same(recipe: Recipe, source: Recipe, args: argparse.Namespace) -> None:
     """Warns of what makes a repeated picture another one.
 
-    Raises ValueError if the model is not that of the source, unless it was asked for by name.
+    Raises ValueError if models are not those of the source, unless asked for by name.
     """
-    if recipe.model_hash != source.model_hash:
-        made = f"the picture was made by {source.model} of hash {source.model_hash}"
-        text = f"{made}; {recipe.model} here has the hash {recipe.model_hash}"
-        if asked is None:
-            raise ValueError(f"{text}: name the right one with --model, or this one to go on with it")
+    for part, option, how in (
+        ("model", "--model", "made"),
+        ("upscaler", "--upscale", "enlarged"),
+        ("worse", "--worse", "led away"),
+    ):
+        was, now = (getattr(each, f"{part}_hash") for each in (source, recipe))
+        if was is None or was == now:
+            continue
+        made = f"the picture was {how} by {getattr(source, part)} of hash {was}"
+        text = f"{made}; {getattr(recipe, part)} here has the hash {now}"
+        if getattr(args, part) is None:
+            raise ValueError(f"{text}: name the right one with {option}, or this one to go on with it")
         log.warning(text)
     for name in ("device", "dtype", "optimize", "quantize", "torch", "version"):
         was, now = getattr(source, name), getattr(recipe, name)
@@ -67,15 +76,17 @@ def check_same(recipe: Recipe, source: Recipe, asked: str | None) -> None:
 
 def prepare(
     args: argparse.Namespace, settled: dict[str, Any], source: Recipe | None
-) -> tuple[LatentDiffusionPipeline, Recipe]:
-    """The pipeline and the whole recipe: the model's defaults complete it, and the seed is drawn.
+) -> tuple[LatentDiffusionPipeline, LatentUpscalePipeline | None, Recipe]:
+    """The pipeline, the upscaler if one is asked for, and the whole recipe: the model's defaults complete it,
+    and the seed is drawn.
 
-    Raises ValueError if there is no such sampler, device or model.
+    Raises ValueError if there is no such sampler, device, model or upscaler.
     """
-    from ldm.inputs import seeds_of
-    from ldm.loading import find_device, load
-    from ldm.many import usual
-    from ldm.solvers import SOLVERS
+    from ldm.command.loading import find_device, load
+    from ldm.diffusion.solvers import SOLVERS
+    from ldm.drawing.inputs import seeds_of
+    from ldm.drawing.many import usual
+    from ldm.recipes.starts import first_size
 
     if "sampler" in settled:
         options.check_choice("sampler", settled["sampler"], SOLVERS)
@@ -86,11 +97,28 @@ def prepare(
     chosen = usual(pipe)
     if "seed" not in settled:
         chosen["seed"] = seeds_of(None, settled["num_images"])[0]
-    recipe = Recipe(**chosen | settled | facts)
-    options.check_size(recipe.height, recipe.width, pipe.vae.downsample_factor)
+    if settled.get("guidance") == "apg" or settled.get("worse") is not None:
+        chosen["guidance_rescale"] = 0.0  # of classifier-free guidance alone
+    if settled.get("variation_strength"):
+        chosen["variation_seed"] = seeds_of(None, settled["num_images"])[0]
+    upscaler: LatentUpscalePipeline | None = None
+    enlarging: dict[str, Any] = {}
+    if settled.get("upscaler") is not None:
+        from ldm.command.enlarging import load_upscaler
+
+        fetch = source is None or args.upscaler is not None
+        upscaler, enlarging = load_upscaler(settled, device, facts["dtype"], fetch=fetch)
+    recipe, factor = Recipe(**chosen | settled | facts | enlarging), pipe.vae.downsample_factor
+    options.check_size(recipe.height, recipe.width, factor)
+    if recipe.two_pass is not None and recipe.first_size is None:
+        first = first_size(recipe.width, recipe.height, pipe.default_size, factor)
+        recipe = dataclasses.replace(recipe, first_size=first)
+    if upscaler is not None:
+        times = upscaler.vae.downsample_factor
+        options.check_size(times * recipe.height, times * recipe.width)
     if source is not None:
-        check_same(recipe, source, args.model)
-    return pipe, recipe
+        check_same(recipe, source, args)
+    return pipe, upscaler, recipe
 
 
 class Progress:
@@ -119,39 +147,51 @@ def draw(
 
     Images are drawn one by one: each is, bit for bit, what its seed gives alone.
     """
-    from ldm.attention_maps import attention_sheet, maps_of, watched
-    from ldm.outputs import to_pil
+    from ldm.command.guiding import guided
+    from ldm.drawing.attention_maps import attention_sheet, maps_of, watched
+    from ldm.drawing.outputs import to_pil
+    from ldm.drawing.passes import calls_of, drawn
+    from ldm.recipes.starts import start_of
 
-    total = len(pipe.tableau(recipe.steps, recipe.sampler).steps)
-    shown = {round(index * (total - 1) / max(min(STRIP, total) - 1, 1)) for index in range(min(STRIP, total))}
+    *_, last = passes = calls_of(pipe, recipe)
+    shown = {round(index * (last - 1) / max(min(STRIP, last) - 1, 1)) for index in range(min(STRIP, last))}
+    guidance, labels = guided(pipe, recipe)
     images, frames, maps = [], [], []
     twin, watcher = watched(pipe) if args.show_attention else (pipe, None)
+    pictures = start_of(recipe)._asdict()
     for index in range(recipe.num_images):
+        alone, calls = recipe.of_image(index), itertools.count()
         seen: list[Any] = []
 
-        def watch(_: Any, step: int, t: int, tensors: dict[str, Any], seen: list[Any] = seen) -> None:
-            progress.step(step, total)
-            if args.show_steps and step in shown:
+        def watch(
+            _: Any, step: int, t: int, tensors: dict[str, Any], seen: list[Any] = seen, calls: Any = calls
+        ) -> None:
+            done = next(calls)
+            progress.step(done, sum(passes))
+            if args.show_steps and done - sum(passes) + last in shown:  # of the last pass
                 seen.append(tensors["x0"])
 
         progress.begin(index + 1)
-        images += twin(
-            recipe.prompt,
-            height=recipe.height,
-            width=recipe.width,
-            num_inference_steps=recipe.steps,
-            negative_prompt=recipe.negative_prompt or None,
-            guidance_scale=recipe.guidance_scale,
-            guidance_rescale=recipe.guidance_rescale,
-            guidance_interval=recipe.guidance_interval,
-            sampler=recipe.sampler,
-            seed=recipe.seed + index,
-            clip_skip=recipe.clip_skip or None,
-            prompt_weighting=recipe.prompt_weighting,
-            strict=args.strict,
-            callback_on_step_end=watch,
-            callback_on_step_end_tensor_inputs=("x0",),
-        ).images
+        call = {
+            **pictures,
+            "prompt": alone.prompt,
+            "num_inference_steps": alone.steps,
+            "negative_prompt": alone.negative_prompt or None,
+            "guidance_scale": alone.guidance_scale,
+            "guidance_rescale": None if guidance else alone.guidance_rescale,
+            "guidance_interval": alone.guidance_interval,
+            "guidance": guidance,
+            "class_labels": labels,
+            "sampler": alone.sampler,
+            "seed": alone.seed,
+            "variation": alone.variation,
+            "clip_skip": alone.clip_skip or None,
+            "prompt_weighting": alone.prompt_weighting,
+            "strict": args.strict,
+            "callback_on_step_end": watch,
+            "callback_on_step_end_tensor_inputs": ("x0",),
+        }
+        images += drawn(twin, alone, call).images
         frames += [image for x0 in seen for image in to_pil(pipe.decode(x0))]
         if watcher is not None:
             maps += maps_of(watcher, pipe, [recipe.prompt], recipe.prompt_weighting)
@@ -171,8 +211,7 @@ def save(
     written: list[tuple[Path, Image.Image, Recipe]] = []
     if len(images) > 1:
         for index, (path, image) in enumerate(zip(paths[1:], images, strict=False)):
-            alone = dataclasses.replace(recipe, seed=recipe.seed + index, num_images=1)
-            written.append((path, image, alone))
+            written.append((path, image, recipe.of_image(index)))
     written += [(path, sheet, recipe) for path, sheet in zip(paths[-len(sheets) :], sheets, strict=False)]
     written.append((paths[0], grid(images), recipe))
     for path, image, made_by in written:
@@ -185,16 +224,22 @@ def generate(args: argparse.Namespace) -> Path:
     Raises ValueError for what cannot be, before anything is written.
     """
     settled, source = settle(args)
-    paths = outputs(args, settled["prompt"], settled["num_images"])
-    pipe, recipe = prepare(args, settled, source)
+    paths = outputs(args, settled.get("expanded_from") or settled["prompt"], settled["num_images"])
+    pipe, upscaler, recipe = prepare(args, settled, source)
     progress = Progress(args.progress, pipe, recipe.num_images)
     images, sheets = draw(pipe, recipe, progress, args)
+    if upscaler is not None:
+        from ldm.command.enlarging import enlarge
+
+        upscaler.set_progress_bar_config(disable=progress.kind != "bar", leave=False, desc="enlarging")
+        images = enlarge(upscaler, recipe, images)
     while True:
         try:
             save(paths, recipe, images, sheets, args)
             return paths[0]
         except FileExistsError:  # another process has taken this counter meanwhile, or this very name
-            paths, taken = outputs(args, recipe.prompt, recipe.num_images), paths
+            typed = recipe.expanded_from or recipe.prompt
+            paths, taken = outputs(args, typed, recipe.num_images), paths
             if paths == taken:
                 raise
 
@@ -205,11 +250,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = make_parser().parse_args(argv)
         if args.list_samplers:
-            from ldm.solvers import SOLVERS
+            from ldm.diffusion.solvers import SOLVERS
 
             print("\n".join(f"{name:14}{A1111.get(name, '')}".rstrip() for name in SOLVERS))
         elif args.prompts is not None:
-            from ldm.gallery import draw_gallery
+            from ldm.command.gallery import draw_gallery
 
             print(draw_gallery(args))
         else:

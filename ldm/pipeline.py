@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -14,38 +11,54 @@ from PIL import Image
 from torch import Tensor
 
 from autoencoder.vae import AutoencoderKL
-from ldm import inputs, options, stock
-from ldm.adapters.adaptable import Adaptable
-from ldm.context import Context
-from ldm.devices import default_dtype
+from ldm.diffusion.guidance import Guidance
+from ldm.diffusion.noise import Noise
+from ldm.diffusion.scheduler import Scheduler
+from ldm.diffusion.solvers import SOLVERS, Tableau
+from ldm.diffusion.variance import LearnedVariance
+from ldm.drawing import classes, inputs
+from ldm.drawing.base import Drawing
+from ldm.drawing.canvas import Canvas, canvas_of, shown_canvas_of
+from ldm.drawing.given import Given, Pictures
+from ldm.drawing.outputs import FORMATS, OutputType, PipelineOutput
+from ldm.drawing.texts import OneText, TwoTexts, texts_of
+from ldm.formats import stock
 from ldm.formats.single_file import SingleFiles
-from ldm.guidance import Guidance, choose
-from ldm.hub import find_folder
-from ldm.noise import Noise
-from ldm.outputs import FORMATS, OutputType, PipelineOutput
-from ldm.parts import read_parts, write_parts
-from ldm.prompting import Prompting
-from ldm.requests import Request
-from ldm.sample import Denoiser, Step, trajectory
-from ldm.scheduler import Scheduler
-from ldm.solvers import SOLVERS, Tableau
-from ldm.texts import OneText, TwoTexts, texts_of
-from ldm.unet import UNet
-from ldm.variance import LearnedVariance, Predict
+from ldm.model.context import Context, Predict
+from ldm.model.unet import UNet
+from ldm.recipes import options
+from ldm.recipes.requests import Request
 from text_encoder.clip import CLIPTextEncoder
 from text_encoder.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-    from torch import nn
-
-log = logging.getLogger(__name__)
+    from ldm.drawing.attention_maps import AttentionMaps
 
 BUNDLED = Path(__file__).parent / "bundled"
 
 
-class LatentDiffusionPipeline(SingleFiles, Prompting, Adaptable):
-    """Text-to-image latent diffusion. A call changes nothing here, so threads may share a pipeline."""
+class LatentDiffusionPipeline(SingleFiles, Drawing):
+    """Latent diffusion from text, and from pictures. A call changes nothing here: threads may share it.
+
+    Arguments of a call that are None take the model's defaults.
+    image: where to start, one for all or one each: PIL, or a tensor in [0, 1]. Without height and width its
+    own size counts; it is scaled to another.
+    mask_image: likewise; white is repainted, black kept bit for bit, grey blends.
+    strength: above 0 to 1, how much of the run is done; 0.8 from a picture, and 1 with a mask.
+    seed: of the first image; image i has seed + i, or give one for each.
+    variation: (seed, strength): every image has the same seed, and goes by strength, 0 to 1, to the noise of
+    another, which for image i is that seed + i, or one of a list.
+    generator: draws the first noise as in diffusers. latents: that noise, (B, C, h, w) standard normal.
+    original_size, crops_coords_top_left, target_size: for SDXL alone, see options.Framing.
+    guidance_interval: (low, high) in log(alpha / sigma), no guidance outside. sampler: a name in SOLVERS.
+    guidance: another than classifier_free, such as apg: see ldm.diffusion.guidance.
+    class_labels: numbers or names, of a model with classes; one for all, or one for each prompt.
+    prompt_weighting: "a1111" or "comfy" reads "a (red:1.3) fox". strict: no warnings, but ValueErrors.
+    callback_on_step_end: called with (pipeline, step, t, tensors) after each model call; tensors may be
+    "latents" and "x0", the clean latents the model sees; it may return {"latents": ...} to go on from.
+    """
+
+    layouts = stock.LAYOUTS
 
     def __init__(
         self,
@@ -67,36 +80,9 @@ class LatentDiffusionPipeline(SingleFiles, Prompting, Adaptable):
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
         self.defaults = defaults or self.texts.defaults
-        self._progress: dict[str, Any] = {}
         stock.check_fit(vae, self.texts, unet)
+        classes.check_names(self.defaults.class_names, unet.config.num_class_embeds)
         options.check_choice("sampler", self.defaults.sampler or scheduler.solver, SOLVERS)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        *,
-        dtype: torch.dtype | None = None,
-        variant: str | None = None,
-        torch_dtype: torch.dtype | None = None,
-        use_safetensors: bool = True,
-        safety_checker: None = None,
-    ) -> Self:
-        """The pipeline of a folder in diffusers' layout, or of a hub id, on the CPU.
-
-        dtype: None is bfloat16 where the hardware multiplies it, else float32. torch_dtype is its old name.
-        variant: such as "fp16", for the parts that have it. The last two are for diffusers' scripts.
-        Raises ValueError unless every part is whole, of a known class, and fits its configuration exactly.
-        """
-        if not use_safetensors:
-            raise ValueError("use_safetensors=False: pickled weights can run any code and are never opened")
-        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-            raise ValueError(f"dtype={dtype} and torch_dtype={torch_dtype}: give one of them")
-        chosen = dtype or torch_dtype
-        dtype = chosen or default_dtype(torch.device("cpu"))
-        pipe = cls(**read_parts(find_folder(path, variant), dtype, variant))
-        pipe._dtype_by_device = chosen is None
-        return pipe.to(memory_format=torch.channels_last)
 
     @classmethod
     def bundled(cls, *, dtype: torch.dtype | None = None) -> Self:
@@ -104,23 +90,6 @@ class LatentDiffusionPipeline(SingleFiles, Prompting, Adaptable):
         if not BUNDLED.is_dir():
             raise ValueError("this installation carries no bundled model: name a folder or a hub id")
         return cls.from_pretrained(BUNDLED, dtype=dtype)
-
-    @classmethod
-    def from_diffusers(cls, pipe: StableDiffusionPipeline | StableDiffusionXLPipeline) -> Self:
-        """This pipeline around the weights of diffusers', shared: a change in one is a change in both."""
-        return cls(**stock.parts_of(pipe))
-
-    def to_diffusers(self) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-        """diffusers' pipeline around these weights, without a copy: a change in one is a change in both."""
-        return stock.to_diffusers(self)
-
-    def save_pretrained(self, folder: str | Path, variant: str | None = None) -> None:
-        """Writes a folder that from_pretrained here and in diffusers reads; model_index.json comes last."""
-        if self._applied.state.shares():
-            log.warning("the weights are saved with the adapters that are in them")
-        if self._dtype_by_device and self.dtype != torch.float32:
-            log.warning("the weights are saved as %s, as they were loaded here by default", self.dtype)
-        write_parts(self, Path(folder), variant)
 
     @property
     def texts(self) -> OneText | TwoTexts:
@@ -131,70 +100,9 @@ class LatentDiffusionPipeline(SingleFiles, Prompting, Adaptable):
         )
 
     @property
-    def models(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
-        """The parts with weights."""
-        return tuple(getattr(self, name) for name in self.texts.layout.models)
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """The parts by name: LatentDiffusionPipeline(**pipe.components) is another one of the same parts."""
+    def layout(self) -> stock.Layout:
         layout = self.texts.layout
-        return {name: getattr(self, name) for name in (*layout.parts, *layout.settings)}
-
-    def set_progress_bar_config(self, **config: Any) -> None:
-        """Options of the tqdm bar, such as disable=True. It is shown where stderr is a terminal."""
-        self._progress = config
-
-    def enable_vae_slicing(self) -> None:
-        """Nothing is left to do: images are always decoded one at a time."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"{name}: {stock.ABSENT.get(name, 'a LatentDiffusionPipeline has no such attribute')}"
-        )
-
-    @torch.no_grad()
-    def encode_prompts(
-        self,
-        prompts: Sequence[inputs.Prompt],
-        clip_skip: int | None = None,
-        prompt_weighting: str | None = None,
-    ) -> Tensor | Context:
-        """The context of prompts, (B, N, D), for prompt_embeds; of SDXL a Context, with each text as a whole.
-
-        clip_skip: leaves out so many last layers. prompt_weighting: as of a call. None in the place of a
-        prompt: nothing is said. Each prompt is encoded alone: its numbers do not depend on the others.
-        """
-        told = self._encode(prompts, clip_skip, prompt_weighting)
-        return told.embeddings if told.pooled is None else told
-
-    def _encode(
-        self, prompts: Sequence[inputs.Prompt], clip_skip: int | None = None, weighting: str | None = None
-    ) -> Context:
-        options.check_clip_skip(clip_skip or 0)
-        return self.texts.encode(prompts, clip_skip or 0, weighting, self.device, self._present)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to images (B, 3, H, W) float32 in [0, 1], each alone: none sees its mates.
-
-        A decoder that overflows in half precision runs again in float32. Raises ValueError if that does too.
-        """
-        if not latents.isfinite().all():
-            advice = "; use dtype=torch.float32" if self.dtype != torch.float32 else ""
-            raise ValueError(f"the UNet's answer in {self.dtype} is not finite{advice}")
-        rows = latents.float().split(1)
-        with self._present(self.vae):
-            images = [self.vae.decode(row) for row in rows]
-            wrong = [index for index, image in enumerate(images) if not image.isfinite().all()]
-            if wrong and self.vae.dtype != torch.float32:
-                log.warning("the autoencoder overflows in %s: decoding in float32", self.vae.dtype)
-                exact = copy.deepcopy(self.vae).float()
-                for index in wrong:  # the others keep what they get alone
-                    images[index] = exact.decode(rows[index])
-        if not all(image.isfinite().all() for image in images):
-            raise ValueError("the decoded image is not finite: are the autoencoder's weights whole?")
-        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+        return stock.for_masks(layout) if stock.sees_a_mask(self.unet, self.vae) else layout
 
     @torch.no_grad()
     def __call__(
@@ -204,11 +112,16 @@ class LatentDiffusionPipeline(SingleFiles, Prompting, Adaptable):
         width: int | None = None,
         num_inference_steps: int | None = None,
         *,
+        image: Pictures | None = None,
+        mask_image: Pictures | None = None,
+        strength: float | None = None,
+        variation: inputs.Variation | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance: Guidance | None = None,
         negative_prompt: str | Sequence[inputs.Prompt] | None = None,
+        class_labels: classes.Labels | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         generator: inputs.Generators | None = None,
@@ -227,36 +140,39 @@ class LatentDiffusionPipeline(SingleFiles, Prompting, Adaptable):
         callback_on_step_end: inputs.Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> PipelineOutput:
-        """Pictures of prompts. Arguments that are None take the model's defaults.
+        """Pictures of prompts: what the arguments mean is told by the class.
 
-        seed: of the first image; image i has seed + i, or give one for each.
-        generator: draws the first noise as in diffusers. latents: that noise, (B, C, h, w) standard normal.
-        original_size, crops_coords_top_left, target_size: for SDXL alone, see options.Framing.
-        guidance_interval: (low, high) in log(alpha / sigma), no guidance outside. sampler: a name in SOLVERS.
-        guidance: another than classifier_free, such as apg: see ldm.guidance.
-        prompt_weighting: "a1111" or "comfy" reads "a (red:1.3) fox". strict: no warnings, but ValueErrors.
-        callback_on_step_end: called with (pipeline, step, t, tensors) after each model call; tensors may be
-        "latents" and "x0", the clean latents the model sees; it may return {"latents": ...} to go on from.
         Raises ValueError, with what is valid, for whatever cannot be.
         """
-        scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        options.check_guidance(scale, guidance_rescale or 0.0, guidance_interval)
+        scale, guide = self._guide(guidance_scale, guidance_rescale, guidance_interval, guidance)
         options.check_choice("output_type", output_type, FORMATS)
         framing = options.Framing(original_size, crops_coords_top_left, target_size)
-        tableau = self.tableau(num_inference_steps, sampler)
+        start = Given.of(image, mask_image, strength)
+        tableau = self.tableau(num_inference_steps, sampler, start.strength)
         given = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        told = self._heed(*given, prompt_weighting, scale, strict)
-        context, uncond = self._contexts(*given, num_images_per_prompt, clip_skip, prompt_weighting)
-        shape, kind = self._latent_shape(height, width, latents), self.scheduler.prediction
-        h, w = (side * self.vae.downsample_factor for side in shape[1:])
-        context, uncond = (self.texts.framed(each, (h, w), framing) for each in (context, uncond))
-        xt, noise, seeds = inputs.first_noise(len(context), shape, seed, generator, latents)
-        predict, noise = self._heard(noise, tableau, sampler)
-        guide = choose(guidance, guidance_rescale, self.defaults.guidance_rescale, guidance_interval)
-        denoise = guide(predict, context, uncond, max(scale, 1), kind)
+        told = self._heed(*given, prompt_weighting, scale, strict, start.notices(tableau))
+        contexts = self._contexts(*given, num_images_per_prompt, clip_skip, prompt_weighting)
+        size = self._size(height, width, latents, start)
+        context, uncond = self._framed(*contexts, size, framing, class_labels, num_images_per_prompt)
+        draw = len(context), self._latent_shape(size), seed, generator, latents, variation
+        xt, noise, seeds = inputs.first_noise(*draw)
+        canvas = self._canvas(start, len(context), size)
+        predict, noise = self._heard(canvas.shown(self._predict), noise, tableau, sampler)
+        denoise = canvas.kept(guide(predict, context, uncond, max(scale, 1), self.scheduler.prediction))
+        xt = canvas.begin(xt, next(iter(tableau.steps)))
         xt = self._run(denoise, xt, tableau, noise, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        images = FORMATS[output_type](xt if output_type == "latent" else self.decode(xt))
+        images = FORMATS[output_type](xt if output_type == "latent" else start.finished(self.decode(xt)))
         return PipelineOutput(images, seeds, *told) if return_dict else (images, None)  # type: ignore[return-value]
+
+    def attention_maps(self, prompt: str | Sequence[str], **call: Any) -> AttentionMaps:
+        """A call's pictures, and where each looks for each word of its prompt: ldm.drawing.attention_maps.
+
+        call: options as of any call; the pictures are the same, bit for bit.
+        Raises ValueError if the model does not look at the text.
+        """
+        from ldm.drawing.attention_maps import attention_maps  # few ask for it
+
+        return attention_maps(self, prompt, **call)
 
     def each(
         self, requests: Iterable[Request], batch_size: int | None = None
@@ -267,67 +183,24 @@ class LatentDiffusionPipeline(SingleFiles, Prompting, Adaptable):
         A picture is that of a call of its own with this seed, to 1/255; with batch_size=1 bit for bit.
         Raises ValueError for what cannot be, before anything is drawn.
         """
-        from ldm import many  # which imports this module
+        from ldm.drawing import many  # which imports this module
 
         return many.each(self, requests, batch_size)
 
-    def tableau(self, steps: int | None = None, sampler: str | None = None) -> Tableau:
-        """The table that a call with these options follows. Raises ValueError if there is none."""
-        steps = self.defaults.num_inference_steps if steps is None else steps
-        sampler = sampler or self.defaults.sampler or self.scheduler.solver
-        options.check_steps(steps)
-        options.check_choice("sampler", sampler, SOLVERS)
-        return self.scheduler.tableau(steps, sampler)
-
-    def _run(
+    def _framed(
         self,
-        denoise: Denoiser,
-        xt: Tensor,
-        tableau: Tableau,
-        noise: Noise,
-        callback: inputs.Callback | None,
-        names: Sequence[str],
-    ) -> Tensor:
-        """The last latents of a run. The callback hears of each step, with the tensors of these names."""
-        for name in names:
-            options.check_choice("callback_on_step_end_tensor_inputs", name, ("latents", "x0"))
-        run = trajectory(self._present(self.unet)(denoise), xt.to(self.device).float(), tableau, noise)
-        for step in self._bar(run, len(tableau.steps)):
-            xt = step.xt
-            if callback is not None:
-                inputs.call_back(callback, self, step, tableau, names)
-        return xt
-
-    def _contexts(
-        self,
-        prompt: str | Sequence[str] | None,
-        negative_prompt: str | Sequence[inputs.Prompt] | None,
-        embeds: Tensor | Context | None,
-        negative_embeds: Tensor | Context | None,
+        context: Context,
+        uncond: Context,
+        size: tuple[int, int],
+        framing: options.Framing,
+        labels: classes.Labels | None,
         images: int,
-        clip_skip: int | None,
-        weighting: str | None,
     ) -> tuple[Context, Context]:
-        """context and uncond, with a row an image."""
-        whole = functools.partial(self._encode, weighting=weighting)
-        encode = functools.partial(whole, clip_skip=clip_skip)
-        width = self.unet.config.cross_attention_dim
-        if negative_prompt is None and negative_embeds is None:
-            negative_prompt = [None]
-        prompts = inputs.prompt_list(prompt, "prompt")
-        negatives = inputs.negative_list(negative_prompt)
-        given: Sequence[str] | Tensor | Context | None = prompts if embeds is None else embeds
-        options.check_count(images, 1 if given is None else len(given))
-        context = inputs.context_of(prompts, embeds, encode, (None, None, width), "prompt")
-        # whole also with clip_skip, as in diffusers
-        uncond = inputs.context_of(
-            negatives, negative_embeds, whole, context.embeddings.shape, "negative_prompt"
-        )
-
-        def an_image_each(rows: Tensor) -> Tensor:
-            return rows.to(self.device).repeat_interleave(images, dim=0)
-
-        return context.each(an_image_each), uncond.each(an_image_each)
+        """Both, with sizes and classes, where this model is told them. images: of a prompt."""
+        context, uncond = (self.texts.framed(each, size, framing) for each in (context, uncond))
+        embeds = self.unet.config.num_class_embeds
+        numbers = classes.labels_for(labels, embeds, self.defaults.class_names)
+        return classes.classed(context, uncond, numbers, (embeds or 0) - 1, images)
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -336,35 +209,42 @@ class LatentDiffusionPipeline(SingleFiles, Prompting, Adaptable):
         h, w = (trained, trained) if isinstance(trained, int) else trained
         return self.defaults.height or h * factor, self.defaults.width or w * factor
 
-    def _latent_shape(
-        self, height: int | None, width: int | None, latents: Tensor | None
-    ) -> tuple[int, int, int]:
-        """(C, h, w) of an image: of the size asked for, else that of latents, else what suits the model.
+    def _size(
+        self, height: int | None, width: int | None, latents: Tensor | None, start: Given
+    ) -> tuple[int, int]:
+        """Height and width: those asked for, else those of the picture or the latents, else what suits.
 
         Raises ValueError for a size that cannot be.
         """
         factor, usual = self.vae.downsample_factor, self.default_size
         if latents is not None and latents.ndim == 4:
             usual = (latents.shape[2] * factor, latents.shape[3] * factor)
-        height = usual[0] if height is None else height
-        width = usual[1] if width is None else width
-        options.check_size(height, width, factor)
-        return self.unet.config.in_channels, height // factor, width // factor
+        if height is None or width is None:
+            usual = start.size or usual
+        size = usual[0] if height is None else height, usual[1] if width is None else width
+        options.check_size(*size, factor)
+        return size
 
-    def _heard(self, noise: Noise, tableau: Tableau, sampler: str | None) -> tuple[Predict, Noise]:
+    def _latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of a picture of this height and width."""
+        factor = self.vae.downsample_factor
+        return self.vae.config.latent_channels, size[0] // factor, size[1] // factor
+
+    def _canvas(self, given: Given, count: int, size: tuple[int, int]) -> Canvas:
+        """What the run draws on. Raises ValueError for pictures that do not suit the model or the call."""
+        make = shown_canvas_of if stock.sees_a_mask(self.unet, self.vae) else canvas_of
+        return make(given, count, size, self.vae.downsample_factor, self.encode)
+
+    def _heard(
+        self, predict: Predict, noise: Noise, tableau: Tableau, sampler: str | None
+    ) -> tuple[Predict, Noise]:
         """The UNet's prediction, and a run's noise: DDPM's is as loud as the UNet says, where it does."""
-        if self.unet.config.out_channels != 2 * self.unet.config.in_channels:
-            return self._predict, noise
-        learned = LearnedVariance(self._predict)
+        if self.unet.config.out_channels != 2 * self.vae.config.latent_channels:
+            return predict, noise
+        learned = LearnedVariance(predict)
         asked = self.scheduler.learns_variance(sampler or self.defaults.sampler)
         return learned, learned.louder(noise, tableau.steps) if asked else noise
 
     def _predict(self, xt: Tensor, t: Tensor, context: Tensor | Context) -> Tensor:
         """The UNet's answer: the prediction, (B, C, h, w), and the variance that some give beside it."""
         return self.unet(xt.contiguous(memory_format=torch.channels_last), t, context)
-
-    def _bar(self, steps: Iterable[Step], total: int) -> Iterable[Step]:
-        """The steps, with a progress bar where stderr is a terminal."""
-        from tqdm import tqdm  # 40 ms
-
-        return tqdm(steps, total=total, **{"disable": None, **self._progress})

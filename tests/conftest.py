@@ -7,9 +7,13 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
+# Side by side, as `pytest -n auto` runs them, tests share the cores, and so do the programs that they start.
+if WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // WORKERS, 1)))
 # None makes `import torchvision` fail, and makes diffusers and transformers see that it is not installed.
 sys.modules["torchvision"] = None  # type: ignore[assignment]
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if sys.modules["torchvision"] is not None:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        print("\ntorchvision was imported: nothing here may need it")
+@pytest.fixture(autouse=True, scope="session")
+def no_torchvision() -> Iterator[None]:
+    """The last test of a run in which something imported torchvision ends in an error."""
+    yield
+    assert sys.modules["torchvision"] is None, "torchvision was imported: nothing here may need it"
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +71,13 @@ def tiny_pipeline():
     from tests.tiny import tiny_pipeline
 
     return tiny_pipeline(seed=0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of such a pipeline, one for all tests of a file."""
+    from tests.tiny import tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder

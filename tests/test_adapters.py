@@ -15,8 +15,8 @@ from ldm.adapters import deltas, names
 from ldm.adapters.applied import Applied, adaptable
 from ldm.adapters.deltas import Layer
 from ldm.adapters.files import Adapter, read_adapter, write_adapter
+from ldm.model.unet import UNet, UNetConfig
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.unet import UNet, UNetConfig
 from tests.tiny import tiny_pipeline
 
 PROMPT = "a red fox in snow"

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from ldm import attention as door
-from ldm.attention import CrossAttention, SelfAttention, attention, check_backend
+from ldm.model import attention as door
+from ldm.model.attention import CrossAttention, SelfAttention, attention, check_backend
 
 
 def formula(q, k, v, heads):
@@ -82,7 +82,8 @@ def test_a_build_that_does_not_fit_is_a_reason(monkeypatch, fault, reason):
 def test_importing_the_unet_imports_nothing_heavy():
     """xformers prints warnings where there is no CUDA, diffusers and transformers cost seconds."""
     heavy = ("xformers", "diffusers", "transformers", "accelerate", "datasets", "yaml")
-    code = f"import sys, ldm.unet, autoencoder.vae; print([name for name in {heavy} if name in sys.modules])"
+    loaded = f"print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, ldm.model.unet, autoencoder.vae; {loaded}"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.attention import CrossAttention, SelfAttention
-from ldm.attention_maps import Watcher, WordMap, attention_sheet, level_size, over, watched
-from ldm.context import Context
+from ldm.drawing.attention_maps import Watcher, WordMap, attention_sheet, level_size, over, watched
+from ldm.model.attention import CrossAttention, SelfAttention
+from ldm.model.context import Context
 from tests.tiny import tiny_pipeline
 
 PROMPTS = ["a red fox in snow", "two blue cats at night"]

@@ -10,8 +10,8 @@ from torch.distributions import Normal, kl_divergence
 
 from autoencoder.layers import OLD_ATTENTION_NAMES, GroupNorm, GroupNormSiLU
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig, Posterior
-from ldm.checkpoint import load_model, save_model
-from ldm.config import read_config
+from ldm.files.checkpoint import load_model, save_model
+from ldm.files.config import read_config
 
 TINY = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,

@@ -18,7 +18,7 @@ from autoencoder.discriminator import AdversaryConfig
 from autoencoder.loss import ReconstructionConfig
 from autoencoder.similarity import decibels, ssim
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import load_model, save_model
+from ldm.files.checkpoint import load_model, save_model
 from tests.test_fit import OPTIM, VAE, losses, state, stop_at
 from tests.test_perceptual import weights  # noqa: F401 (a fixture)
 from train import evaluate_autoencoder

@@ -31,6 +31,7 @@ RUNS = {
         "| ours, CUDA graph of a step | needs CUDA |",
     ),
     "attention": (["--device", "cpu", "--size", "64", "--rounds", "1"], "| 1 x 1 x 64 x 64 x 512 | 1 |"),
+    "decoding": (["--tiny", "--threads", "1"], "| 64 | in strips |"),
     "ranks": (["ldm/bundled", "--batch", "2", "--steps", "1"], '{"seconds": '),
 }
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
-from ldm.checkpoint import save_model
+from ldm.files.checkpoint import save_model
 from train.batches.buckets import (
     Size,
     View,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import save_model
+from ldm.files.checkpoint import save_model
 from tests.test_buckets import VAE
 from tests.test_data import picture, write_jsonl
 from tests.test_tars import png, write_tar

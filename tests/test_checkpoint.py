@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoint import load_model, model_hash, save_model
-from ldm.config import read_config, replacing, write_json
-from ldm.options import Defaults
-from ldm.unet import UNet, UNetConfig
+from ldm.files.checkpoint import load_model, model_hash, save_model
+from ldm.files.config import read_config, replacing, write_json
+from ldm.model.unet import UNet, UNetConfig
+from ldm.recipes.options import Defaults
 from tests.tiny import tiny_pipeline
 from text_encoder.clip import CLIPTextEncoder
 
@@ -200,7 +200,7 @@ def test_no_folder(tmp_path):
 
 
 def test_missing_keys_are_named():
-    from ldm.recipe import Recipe
+    from ldm.recipes.recipe import Recipe
 
     with pytest.raises(ValueError, match=r"here: steps, guidance_scale, .* not given"):
         read_config(Recipe, {"prompt": "x"}, "here")

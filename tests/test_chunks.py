@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import save_model
+from ldm.files.checkpoint import save_model
 from ldm.pipeline import LatentDiffusionPipeline
 from tests.test_contrastive import RECIPE, pairs
 from tests.test_fit import TEXT, VAE, diffusion_recipe, latents

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.classifier import NoisyClassifier, by_mean, by_score, classifier_guided, classifier_loss
-from ldm.context import Context
-from ldm.guidance import classifier_free
-from ldm.noise import step_noise
-from ldm.sample import sample, trajectory
-from ldm.schedule import Level, NoiseSchedule
-from ldm.solvers import ddim
-from ldm.unet import UNetConfig
+from ldm.diffusion.classifier import NoisyClassifier, by_mean, by_score, classifier_guided, noisy_logits
+from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.noise import step_noise
+from ldm.diffusion.sample import sample, trajectory
+from ldm.diffusion.schedule import Level, NoiseSchedule
+from ldm.diffusion.solvers import ddim
+from ldm.model.context import Context
+from ldm.model.unet import UNetConfig
 from tests.test_solvers import gaussian
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -117,7 +118,7 @@ def test_a_small_classifier_learns_and_leads():
         labels = torch.randint(2, (32,))
         x0 = torch.tensor(MEANS)[labels].view(-1, 1, 1, 1) + STD * torch.randn(32, *SHAPE[1:])
         t, noise = torch.randint(1000, (32,)), torch.randn_like(x0)
-        loss = classifier_loss(classifier, SCHEDULE, x0, labels, noise, t).mean()
+        loss = F.cross_entropy(noisy_logits(classifier, SCHEDULE, x0, noise, t), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -136,3 +137,6 @@ def test_what_cannot_lead_is_refused():
         by_mean(ddim(SCHEDULE.timesteps(5)))
     with pytest.raises(ValueError, match="a classifier has no text, use AttnDownBlock2D"):
         tiny(mid_block_type="UNetMidBlock2DCrossAttn")
+    two = tiny().log_probability(torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="2 class labels for 3 images: give one, or one for each"):
+        two(torch.zeros(3, 2, 4, 4), Level(0.0, 1.0, 0.0))

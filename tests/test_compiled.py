@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ldm.compiled import CompiledInTraining
-from ldm.unet import UNet
+from ldm.model.compiled import CompiledInTraining
+from ldm.model.unet import UNet
 from tests.test_fit import UNET, autoencoder, diffusion_recipe, latents, losses, state, stop_at
 from train.fit.checkpoint import load_checkpoint
 from train.fit.loop import fit

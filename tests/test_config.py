@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import empty_model
-from ldm.unet import UNet
+from ldm.files.checkpoint import empty_model
+from ldm.model.unet import UNet
 from tests.test_house import RECIPES
 from train.command import command
 from train.config import find_recipe, from_mapping, is_recipe, parse, read_recipe, to_mapping, to_yaml

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.attention import CrossAttention, SelfAttention
-from ldm.blocks import TimeResnet
-from ldm.context import Context, repeated
-from ldm.guidance import classifier_free
-from ldm.schedule import Level
-from ldm.unet import UNet, UNetConfig
+from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.schedule import Level
+from ldm.model.attention import CrossAttention, SelfAttention
+from ldm.model.blocks import TimeResnet
+from ldm.model.context import Context, repeated
+from ldm.model.unet import UNet, UNetConfig
 from tests.test_unet import ADM, ADM_CROSS, CROSS, ODD, POOLED, SDXL_TINY, TINY
 
 SD15 = TINY | {  # the text at the first level
@@ -178,13 +178,13 @@ def test_a_context_takes_the_type_of_the_weights():
 
 
 def test_a_context_of_several_holds_what_all_of_them_hold():
-    told = Context(torch.randn(2, 5, 6), torch.randn(2, 3), torch.ones(2, 6))
+    told = Context(torch.randn(2, 5, 6), torch.randn(2, 3), torch.ones(2, 6), torch.tensor([3, 4]))
     both = Context.of(told, told.each(torch.zeros_like))
-    assert [len(part) for part in both.tensors] == [4, 4, 4]
+    assert [len(part) for part in both.tensors] == [4, 4, 4, 4]
     assert all(torch.equal(part[:2], own) for part, own in zip(both.tensors, told.tensors, strict=True))
     assert not both.pooled[2:].any()
     text_alone = Context.of(told, torch.randn(1, 5, 6))
-    assert (len(text_alone), text_alone.pooled, text_alone.sizes) == (3, None, None)
+    assert (len(text_alone), *text_alone.tensors[1:]) == (3, None, None, None)
 
 
 def test_repeated():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import save_model
+from ldm.files.checkpoint import save_model
 from tests.test_fit import OPTIM, TEXT, VAE
 from train.batches.latents import Bucket, CacheKey, Latents
 from train.batches.plan import Draw

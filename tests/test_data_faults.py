@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import save_model
+from ldm.files.checkpoint import save_model
 from tests.test_buckets import VAE
 from tests.test_data import picture, write_jsonl
 from tests.test_fit import OPTIM, losses, state, stop_at
@@ -317,6 +317,7 @@ def test_a_cut_shard_is_named_and_it_alone_is_computed_again(folder, vae, tmp_pa
     torch.testing.assert_close(again.buckets[0].mean, whole.buckets[0].mean)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_a_changed_data_set(folder, tmp_path):
     data = DataConfig(source=str(folder), size=16)
     recipe = AutoencoderRecipe(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm import inputs
+from ldm.drawing import inputs
 from tests.tiny import tiny_pipeline
 
 MODES = ("enable_model_cpu_offload", "enable_sequential_cpu_offload")

@@ -1,6 +1,10 @@
 """`python -m ldm.evaluate`: pictures to figures; what is refused, what is kept, what a second run does."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,7 @@ from PIL import Image, ImageFilter
 
 from ldm import evaluate
 from ldm.metrics import extractors, folders
+from ldm.metrics.blocks import share_out
 from ldm.metrics.collection import collect, load, save
 from ldm.metrics.drawing import wait_for
 from ldm.metrics.extractors import FID, RandomConv, find_extractor, label
@@ -32,13 +37,6 @@ def paint(folder: Path, count: int = 24, size: tuple[int, int] = (32, 24), seed:
         inside = ((x - place[0]) ** 2 + (y - place[1]) ** 2 < radius**2)[..., None]
         pixels = np.where(inside, draw.uniform(0, 255, 3), draw.uniform(0, 255, 3))
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:03}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pipeline().save_pretrained(folder)
     return folder
 
 
@@ -114,6 +112,7 @@ def test_features_do_not_depend_on_batches(tmp_path):
     assert torch.equal(again.features, one.features)
 
 
+@pytest.mark.slow
 def test_a_model_is_drawn_and_measured(run, tmp_path):
     """Lines come again with other seeds; a second run draws nothing; a kept reference serves as well."""
     paint(tmp_path / "real", 8, (32, 32))
@@ -141,23 +140,85 @@ def test_a_model_is_drawn_and_measured(run, tmp_path):
     assert "kept-random-conv.safetensors was made with filter='bicubic'" in err
 
 
+def test_ranks_share_the_features(tmp_path, monkeypatch):
+    """What two ranks have computed, one after the other, is to the last bit what one process computes."""
+    monkeypatch.setattr("ldm.metrics.blocks.BLOCK", 4)
+    pictures, kept = Folder(paint(tmp_path / "x", 14)), tmp_path / "kept"
+    alone = collect(pictures, random_conv, keep=5)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert sum(path.is_file() for path in share_out(pictures, random_conv, kept)) == 2
+    monkeypatch.setenv("RANK", "0")
+    shared = collect(pictures, random_conv, keep=5, kept=kept)
+    assert len(list(kept.iterdir())) == 4
+    assert shared.stamp == alone.stamp
+    for name in ("mean", "scatter"):
+        for of in ("pooled", "spatial"):
+            assert torch.equal(getattr(getattr(shared, of), name), getattr(getattr(alone, of), name))
+    assert torch.equal(shared.features, alone.features)
+
+
 @pytest.mark.slow
-def test_ranks_share_the_drawing(run, tmp_path, monkeypatch):
-    """The second draws its share and is done; the first draws the rest and measures all."""
-    paint(tmp_path / "real", 8, (32, 32))
-    (tmp_path / "x.txt").write_text("a red fox in snow\ntwo blue cats at night\n")
-    words = ["--prompts=x.txt", "--count=6", "--steps=1", "--reference=real"]
+def test_figures_on_ranks(run, tmp_path, monkeypatch):
+    """One rank after the other, as they talk by files alone: the figures of one process, to the last bit.
+
+    A second run computes nothing; what changed of the pictures is computed again.
+    """
+    monkeypatch.setattr("ldm.metrics.blocks.BLOCK", 4)
+    paint(tmp_path / "x", 14)
+    real = paint(tmp_path / "real", 9, seed=1)
+    words = ["--pictures=x", "--reference=real"]
+    assert run(*words, "--output=alone")[0] == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert run(*words, "--output=out")[:2] == (0, "")
-    assert len(list((tmp_path / "out/pictures").iterdir())) == 2
+    assert len(list((tmp_path / "out/features").iterdir())) == 2 + 1, "the second of both sets' every two"
     monkeypatch.setenv("RANK", "0")
     assert run(*words, "--output=out")[:2] == (0, "out/report.md\n")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    run(*words, "--output=alone")
+    assert len(list((tmp_path / "out/features").iterdir())) == 4 + 3
     assert figures(tmp_path / "out") == figures(tmp_path / "alone")
-    with pytest.raises(ValueError, match="1 of 1 pictures are not there, the first nowhere"):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    seen: list[int] = []
+    known = RandomConv.__call__
+    monkeypatch.setattr(RandomConv, "__call__", lambda self, x: (seen.append(len(x)), known(self, x))[1])
+    assert run(*words, "--output=out")[0] == 0
+    assert seen == []
+    Image.new("RGB", (32, 24)).save(real / "008.png")
+    assert run(*words, "--output=out")[0] == 0
+    assert seen == [1], "the last block of the reference alone"
+    with pytest.raises(ValueError, match="1 of 1 files are not there, the first nowhere"):
         wait_for([Path("nowhere.png")], patience=0)
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_and_measure(run, model, tmp_path):
+    """Two processes at once, on a model that has noted its average: the figures of one."""
+    from ldm.metrics.drawing import averaged
+
+    paint(tmp_path / "real", 8, (32, 32))
+    (tmp_path / "x.txt").write_text("a red fox in snow\ntwo blue cats at night\n")
+    noted = shutil.copytree(model, tmp_path / "noted")
+    (noted / "training.json").write_text('{"step": 7, "ema": "average of decay 0.9"}')
+    assert averaged(str(model)) == "not told"
+    words = ["--model=noted", "--prompts=x.txt", "--count=6", "--steps=1", "--reference=real"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ldm.evaluate", *words, "--output=out"],
+            env={**environment, "WORLD_SIZE": "2", "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    told = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert told == ["out/report.md\n", ""]
+    assert len(list((tmp_path / "out/pictures").iterdir())) == 6
+    assert run(*words, "--output=alone")[0] == 0
+    assert figures(tmp_path / "out") == pytest.approx(figures(tmp_path / "alone"), rel=1e-9)
+    assert (
+        "average of decay 0.9, step 7, as its training.json says" in (tmp_path / "out/report.md").read_text()
+    )
 
 
 @pytest.mark.slow

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from autoencoder.loss import ReconstructionConfig
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
-from ldm.checkpoint import load_model, save_model
+from ldm.files.checkpoint import load_model, save_model
+from ldm.model.unet import UNet, UNetConfig
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.unet import UNet, UNetConfig
 from tests.tiny import CAPTIONS
 from train.batches.encoding import compute_latents
 from train.batches.latents import Bucket, CacheKey, Latents
@@ -587,6 +587,14 @@ def test_validation_of_a_diffusion_model(tmp_path, autoencoder):
 
 
 @pytest.mark.slow
+def test_an_average_of_what_is_no_part_of_a_model_is_refused(tmp_path):
+    fit(Toy(), toy_config(tmp_path, ema_widths=(0.05, 0.1), snapshot_every=5))
+    with pytest.raises(ValueError, match="trained no unet, text_encoder, vae"):
+        rebuild_ema(["--run", str(tmp_path), "--width", "0.1", "--output", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
 def test_the_width_of_the_average_is_chosen_afterwards(tmp_path, autoencoder):
     """A width that was tracked comes back from its last snapshot; another lies elsewhere."""
     run = tmp_path / "run"
@@ -602,6 +610,9 @@ def test_the_width_of_the_average_is_chosen_afterwards(tmp_path, autoencoder):
         torch.testing.assert_close(value, tracked[f"unet.{name}"], atol=1e-3, rtol=1e-3)
     assert any(not torch.equal(value, other[name]) for name, value in same.items())
     assert not torch.equal(same["conv_in.weight"], load_model(UNet, run / "model/unet").conv_in.weight)
+    noted = [json.loads((run / name / "training.json").read_text()) for name in ("model", "0.07")]
+    assert noted[0] == {"step": 20, "ema": f"average of decay {recipe.ema_decay:g}"}
+    assert noted[1] == {"step": 20, "ema": "average of a power function, width 0.07"}
     pipe = LatentDiffusionPipeline.from_pretrained(run / "0.07")
     assert pipe("a red fox", num_inference_steps=1, height=16, width=16).images[0].size == (16, 16)
     with pytest.raises(ValueError, match=r"exists: choose another"):

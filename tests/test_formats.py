@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldm.convert import main
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.scheduler import Scheduler
 from ldm.formats.keys import PARTS, UNET, ema_name, inverse, part_table, rename
 from ldm.formats.kinds import INPAINT, KINDS, NOT_THESE, UPSCALE, recognise
 from ldm.formats.pieces import Pieces, read_folder, write_folder
@@ -25,11 +27,9 @@ from ldm.formats.single_file import (
 )
 from ldm.formats.tensors import CLASSES, join, layout, part_shapes, split
 from ldm.formats.vocabulary import SIZE, clip_tokenizer
-from ldm.options import Defaults
+from ldm.model.unet import UNet
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.schedule import NoiseSchedule
-from ldm.scheduler import Scheduler
-from ldm.unet import UNet
+from ldm.recipes.options import Defaults
 from tests.tiny import tiny_pipeline
 from text_encoder.clip import CLIPTextEncoder
 
@@ -392,7 +392,7 @@ def test_requests_that_cannot_be_met(tmp_path, capsys, arguments, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("pipeline", "channels"), [(INPAINT, 9), (UPSCALE, 7)])
-def test_diffusers_reads_folders_of_what_we_do_not_draw(pipeline, channels, tmp_path):
+def test_diffusers_reads_folders_of_other_kinds(pipeline, channels, tmp_path):
     import diffusers
 
     tiny = pieces_of(tiny_pipeline())
@@ -406,26 +406,34 @@ def test_diffusers_reads_folders_of_what_we_do_not_draw(pipeline, channels, tmp_
     assert read_folder(tmp_path / "a").kind.low_res_scheduler == low
     stock = getattr(diffusers, pipeline).from_pretrained(tmp_path / "a")
     assert torch.equal(stock.unet.conv_in.weight, unet.conv_in.weight)
-    with pytest.raises(ValueError, match=f"no pipeline here draws with it: diffusers' {pipeline} does"):
-        LatentDiffusionPipeline.from_single_file(tmp_path / "a.safetensors")
+    if pipeline == UPSCALE:
+        with pytest.raises(ValueError, match=r"load it by LatentUpscalePipeline.from_single_file"):
+            LatentDiffusionPipeline.from_single_file(tmp_path / "a.safetensors")
 
 
-def test_the_tests_that_the_documentation_names():
-    tests = Path(__file__).parent
-    named = re.findall(r"`(?:(test_\w+)\.)?(test_\w+)", (tests.parent / "docs/formats.md").read_text())
-    assert len(named) > 10
-    for module, test in named:
-        text = "".join(path.read_text() for path in tests.glob(f"{module or 'test_*'}.py"))
-        assert f"def {test}(" in text or (tests / f"{test}.py").is_file(), test
+PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+ROOMS = "autoencoder|bench|configs|docs|ldm|tests|text_encoder|train"
 
 
-def test_inpainting_and_upscaling_are_not_drawn():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_the_documentation_names_is_there(page):
+    """Tests, files and modules; where it names a module with a test, the test is in it."""
+    root, said = page.parents[1], page.read_text()
+    for module, test in re.findall(r"`(?:(test_\w+)\.)?(test_\w+)", said):
+        text = "".join(path.read_text() for path in (root / "tests").glob(f"{module or 'test_*'}.py"))
+        assert f"def {test}(" in text or (root / f"tests/{test}.py").is_file(), test
+    for path in re.findall(rf"(?<![\w/.])(?:{ROOMS})/[\w./-]*\w", said):
+        assert (root / path).exists(), path
+    for module in re.findall(rf"(?:from|-m) ((?:{ROOMS})\.[\w.]+)", said):
+        path = root / module.replace(".", "/")
+        assert path.is_dir() or path.with_suffix(".py").is_file(), module
+
+
+def test_upscaling_is_not_drawn_from_text():
     tokenizer, report = tiny_pipeline().tokenizer, Report("a.safetensors", "b", 0)
-    for name in ("sd1-inpaint", "sd2-x4"):
-        with pytest.raises(
-            ValueError, match=r"a.safetensors is .* diffusers' StableDiffusion\w+Pipeline does"
-        ):
-            Pieces(KINDS[name], tokenizer, {}, [report]).check_drawn()
+    Pieces(KINDS["sd1-inpaint"], tokenizer, {}, [report]).check_drawn()
+    with pytest.raises(ValueError, match=r"a.safetensors is .* by LatentUpscalePipeline"):
+        Pieces(KINDS["sd2-x4"], tokenizer, {}, [report]).check_drawn()
 
 
 def test_a_single_file_draws_from_the_command_line(tmp_path, capsys):
@@ -433,7 +441,7 @@ def test_a_single_file_draws_from_the_command_line(tmp_path, capsys):
     import hashlib
 
     from ldm.generate import main as generate
-    from ldm.picture import read_recipe
+    from ldm.recipes.picture import read_recipe
 
     model, picture = tmp_path / "model.safetensors", tmp_path / "fox.png"
     tiny_pipeline().save_single_file(model)

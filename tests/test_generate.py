@@ -15,9 +15,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from ldm import generate, options
-from ldm.picture import check_output, free_path, grid, read_recipe, save_picture
-from ldm.recipe import Recipe, parse_parameters
+from ldm import generate
+from ldm.recipes import options
+from ldm.recipes.picture import check_output, free_path, grid, read_recipe, save_picture
+from ldm.recipes.recipe import Recipe, parse_parameters
 from tests.tiny import tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -35,13 +36,6 @@ RECIPE = Recipe(
     model_hash="0123456789",
     version="0.1.0",
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -392,7 +386,7 @@ def test_a_hub_id_without_network_fails_soon():
     code = (
         "import time, socket\n"
         "import huggingface_hub\n"
-        "from ldm.hub import find_folder\n"
+        "from ldm.files.hub import find_folder\n"
         "def hang(*_, **__): time.sleep(60)\n"
         "socket.getaddrinfo = hang\n"
         "start = time.monotonic()\n"

@@ -6,9 +6,17 @@ from functools import partial
 import pytest
 import torch
 
-from ldm.context import Context
-from ldm.guidance import apg, autoguidance, choose, classifier_free, conditional, thresholded, within
-from ldm.schedule import Level, NoiseSchedule
+from ldm.diffusion.guidance import (
+    apg,
+    autoguidance,
+    choose,
+    classifier_free,
+    conditional,
+    thresholded,
+    within,
+)
+from ldm.diffusion.schedule import Level, NoiseSchedule
+from ldm.model.context import Context
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 CONTEXT, UNCOND = torch.randn(2, 3, 6, 8, generator=torch.Generator().manual_seed(0))

@@ -13,10 +13,13 @@ import pytest
 
 from train.config import read_recipe
 from train.tasks.autoencoding import AutoencoderRecipe
+from train.tasks.classifying import ClassifierRecipe
 from train.tasks.contrastive import ContrastiveRecipe
 from train.tasks.diffusion import DiffusionRecipe
 from train.tasks.embedding import EmbeddingRecipe
+from train.tasks.inpainting import InpaintingRecipe
 from train.tasks.lora import LoraRecipe
+from train.tasks.upscaling import UpscalerRecipe
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -42,14 +45,17 @@ LONG: dict[str, str] = {}  # "path" or "path:function": the reason why it is lon
 SOURCES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 RECIPES = {
     "train_autoencoder": AutoencoderRecipe,
+    "train_classifier": ClassifierRecipe,
     "train_text_encoder": ContrastiveRecipe,
     "train_ldm": DiffusionRecipe,
     "train_lora": LoraRecipe,
     "train_embedding": EmbeddingRecipe,
+    "train_upscaler": UpscalerRecipe,
+    "train_inpainting": InpaintingRecipe,
 }
 COMMANDS = [
     'pip install -c constraints.txt . && python -m ldm.generate "a red fox in snow"',
-    "pip install -c constraints.txt '.[test]' && pytest",
+    "pip install -c constraints.txt '.[test]' && pytest -n auto",
 ]
 
 
@@ -117,6 +123,7 @@ def test_the_start_is_light():
     assert not {name.split(".")[0] for name in loaded} & (LATE | {"torchvision", "xformers", "train"})
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing():
     """No global torch flag and no environment variable is set by an import."""
     code = """
@@ -125,7 +132,7 @@ flags = (torch.get_num_threads, torch.get_default_dtype, torch.is_grad_enabled, 
     torch.get_float32_matmul_precision, lambda: torch.backends.cudnn.benchmark)
 state = lambda: (dict(os.environ), [flag() for flag in flags])
 before = state()
-import ldm.generate, ldm.pipeline, ldm.objective
+import ldm.generate, ldm.pipeline, ldm.diffusion.objective
 print(before == state())
 """
     assert python(code).strip() == "True"

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.attention import SpatialTransformer
+from ldm.drawing.optimize import use_int8, use_kernels
+from ldm.model.attention import SpatialTransformer
+from ldm.model.unet import UNet
 from ldm.native import build, int8
-from ldm.optimize import use_int8, use_kernels
-from ldm.picture import read_recipe
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.unet import UNet
+from ldm.recipes.picture import read_recipe
 from tests.test_native import INPUTS, QUICK, UNET, error, randn
 from tests.tiny import tiny_pipeline
 

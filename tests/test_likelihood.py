@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from ldm.likelihood import (
+from ldm.diffusion.likelihood import (
     bits_by_ode,
     density,
     discretised,
@@ -17,10 +17,10 @@ from ldm.likelihood import (
     learned_variance,
     variational_bound,
 )
-from ldm.noise import step_noise
-from ldm.schedule import NoiseSchedule
-from ldm.solvers import ddim
-from ldm.variance import ReverseSteps
+from ldm.diffusion.noise import step_noise
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.solvers import ddim
+from ldm.diffusion.variance import ReverseSteps
 from tests.test_solvers import gaussian
 
 SCHEDULE = NoiseSchedule.linear(T=40, beta_start=0.0025, beta_end=0.5)

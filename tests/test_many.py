@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm import generate, many
-from ldm.picture import read_recipe
-from ldm.requests import Request
+from ldm import generate
+from ldm.drawing import many
+from ldm.recipes.picture import read_recipe
+from ldm.recipes.requests import Request
 from tests.tiny import tiny_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -27,13 +28,6 @@ LINES = [
     {"prompt": PROMPTS[1], "seed": 0},
 ]
 NAMES = ["00001.png", "00003.png", "00004.png", "00005.png", "cats.png"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -144,6 +138,7 @@ def test_the_thread_changes_no_picture(monkeypatch):
 # A folder
 
 
+@pytest.mark.slow
 def test_a_folder_and_its_completion(run, tmp_path):
     status, out, err = run("--progress=json")
     assert (status, out) == (0, "out\n")
@@ -163,6 +158,7 @@ def test_a_folder_and_its_completion(run, tmp_path):
     assert files(tmp_path / "out") == whole  # the same bytes as without an interruption
 
 
+@pytest.mark.slow
 def test_a_changed_line_is_refused_or_drawn_anew(run, tmp_path):
     run(lines=LINES[:3])
     before = files(tmp_path / "out")
@@ -205,8 +201,9 @@ def test_ranks_deal_the_batches_out(run, tmp_path, monkeypatch):
     [
         (["a fox"], "--prompts draws one picture a line: leave out a prompt"),
         (["--num-images=2"], "leave out --num-images"),
-        (["--show-steps"], "leave out --show-steps"),
-        (["--show-attention"], "leave out --show-attention"),
+        (["--show-steps"], "--show-steps is of one prompt, and does not go with --prompts"),
+        (["--show-attention"], "--show-attention is of one prompt"),
+        (["--upscale"], "--upscale is of one prompt"),
         (["--chunks=0"], "chunks=0: expected 1 to 64"),
         (["--prompt-weighting=compel"], "prompt_weighting='compel' is unknown"),
         (["--from=x.png"], "leave out --from"),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from autoencoder.similarity import WINDOW, decibels, ssim
 from ldm.metrics.kernels import cmmd, kid, unbiased_mmd
 from ldm.metrics.manifolds import cover, nearest, radii
 from ldm.metrics.moments import Moments, frechet_distance
@@ -144,3 +145,20 @@ def test_torchmetrics_agrees():
     score = InceptionScore(feature=Flat(), splits=1)
     score.update(as_pictures(fake))
     assert inception_score(fake.softmax(1), 1).mean == pytest.approx(float(score.compute()[0]), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_torchmetrics_agrees_on_pictures():
+    """PSNR, and SSIM where the whole window lies in the picture: it takes in edges, mirrored outwards."""
+    pytest.importorskip("torchmetrics", reason="needs torchmetrics, which only this test knows")
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    image = torch.rand(3, 3, 40, 52) * 2 - 1
+    other = (image + 0.1 * torch.randn(3, 3, 40, 52)).clamp(-1, 1)
+    error = (image - other).square().mean().item()
+    assert decibels(error) == pytest.approx(float(peak_signal_noise_ratio(image, other, 2.0)), rel=1e-6)
+    whole = structural_similarity_index_measure(
+        (image + 1) / 2, (other + 1) / 2, data_range=1.0, return_full_image=True
+    )[1]
+    inside = whole[..., WINDOW // 2 : -(WINDOW // 2), WINDOW // 2 : -(WINDOW // 2)]
+    assert ssim(image, other).mean().item() == pytest.approx(inside.mean().item(), rel=1e-4)

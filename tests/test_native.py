@@ -15,11 +15,11 @@ from PIL import Image
 
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm import native
+from ldm.drawing.optimize import pays, use_kernels
+from ldm.model.unet import UNet, UNetConfig
 from ldm.native import build
 from ldm.native.memory import LEAST, Pool
-from ldm.optimize import pays, use_kernels
-from ldm.picture import read_recipe
-from ldm.unet import UNet, UNetConfig
+from ldm.recipes.picture import read_recipe
 from tests.tiny import tiny_pipeline
 
 try:
@@ -62,6 +62,7 @@ def test_a_convolution_is_that_of_float64(batch, height, width, channels, out, b
     assert error(answer, true) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_convolution_takes_any_layout_and_many_blocks():
     """9,216 tiles of 32 channels are more than one block of the cache."""
     x, w = randn(1, 32, 384, 384), randn(32, 32, 3, 3, seed=1)
@@ -236,6 +237,7 @@ def test_an_optimized_autoencoder_answers_alike():
         assert 0 < error(a, b.double()) < 1e-5
 
 
+@pytest.mark.slow
 def test_an_optimized_pipeline_draws_the_same_picture_again_and_says_so(tmp_path, monkeypatch, capsys):
     from ldm import generate
 
@@ -259,7 +261,7 @@ def test_an_optimized_pipeline_draws_the_same_picture_again_and_says_so(tmp_path
 def test_large_models_on_a_cpu_are_optimized_unasked(monkeypatch):
     pipe = tiny_pipeline()
     assert not pays(pipe)
-    monkeypatch.setattr("ldm.optimize.LARGE", 1000)
+    monkeypatch.setattr("ldm.drawing.optimize.LARGE", 1000)
     assert pays(pipe)
     assert not pays(tiny_pipeline().to(torch.float16))
     monkeypatch.setattr(native, "check", lambda: (_ for _ in ()).throw(ValueError("no compiler")))

@@ -15,10 +15,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ldm import native
-from ldm.attention import BACKENDS
+from ldm.drawing.optimize import pays, use_kernels
+from ldm.model.attention import BACKENDS
+from ldm.model.unet import UNet
 from ldm.native import build
-from ldm.optimize import pays, use_kernels
-from ldm.unet import UNet
 from tests.test_native import INPUTS, QUICK, UNET, error, in_heads, randn
 from tests.tiny import tiny_pipeline
 
@@ -180,7 +180,7 @@ def test_an_optimized_unet_attends_on_tiles(amx):
 def test_a_pipeline_on_a_cpu_with_amx_is_optimized_in_bf16_unasked(amx, monkeypatch):
     pipe = tiny_pipeline().to(torch.bfloat16)
     assert not pays(pipe)
-    monkeypatch.setattr("ldm.optimize.LARGE", 1000)
+    monkeypatch.setattr("ldm.drawing.optimize.LARGE", 1000)
     assert pays(pipe)
     asked = {"height": 24, "width": 40, "num_inference_steps": 2, "seed": 5, "output_type": "pt"}
     before = pipe("a fox", **asked).images
@@ -197,7 +197,7 @@ def test_without_amx_bf16_is_left_to_torch():
 
 
 def test_a_kernel_that_answers_wrong_is_not_used(amx, monkeypatch, caplog):
-    monkeypatch.setattr("ldm.optimize.LARGE", 1000)
+    monkeypatch.setattr("ldm.drawing.optimize.LARGE", 1000)
     monkeypatch.setattr(native, "call", lambda name, q, k, v, out, *sizes: out.fill_(0.5))
     with pytest.raises(ValueError, match=r"on AMX tiles differs from torch's by .* set CXX to another"):
         native.check_tiles()

@@ -2,7 +2,7 @@
 
 import torch
 
-from ldm.noise import generator, key, start_noise, step_noise
+from ldm.diffusion.noise import generator, key, start_noise, step_noise
 
 SHAPE = (4, 5, 7)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldm.unet import UNet
+from ldm.model.unet import UNet
 from tests.test_fit import UNET
 from train.fit import optim
 from train.fit.optim import (

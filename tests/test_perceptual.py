@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from autoencoder.perceptual import LPIPS
-from ldm.checkpoint import empty_model
+from ldm.files.checkpoint import empty_model
 from train.measure.features import digest, open_weights, perceptual_distance
 
 CONVOLUTIONS = {0: 64, 2: 64, 5: 128, 7: 128, 10: 256, 12: 256, 14: 256}

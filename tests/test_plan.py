@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.noise import key
+from ldm.diffusion.noise import key
 from train.batches.plan import Draw, Plan, fixed_draws, normal, spread, turn_of, uniform
 from train.batches.readahead import ReadAhead
 

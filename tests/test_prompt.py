@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm import options
+from ldm.recipes import options
 from tests.tiny import tiny_pipeline
 from text_encoder import prompt as prompts
 from text_encoder.prompt import (

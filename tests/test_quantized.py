@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.optimize import quantize_maps
+from ldm.drawing.optimize import quantize_maps
+from ldm.model.quantized import MAPS, SCALED, STEP, quantize, why_not
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.quantized import MAPS, SCALED, STEP, quantize, why_not
 from tests.tiny import tiny_pipeline
 
 ERROR = {"int8": 0.01, "fp8": 0.04}  # relative, of normal numbers

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm import requests
-from ldm.requests import Request, pack, read_requests
+from ldm.recipes import requests
+from ldm.recipes.requests import Request, pack, read_requests
 
 
 def written(tmp_path, *lines: object, name: str = "x.jsonl") -> str:
@@ -102,9 +102,11 @@ def test_batches_hold_every_request_once_beside_its_like(asked, size):
 
 def test_every_option_of_a_call_that_is_not_a_row_of_it_makes_batches():
     """What Request has, a row of a batch has its own of, or `alike` names it."""
-    rows = {"prompt", "name", "negative_prompt", "seed"}
+    rows = {"prompt", "name", "negative_prompt", "seed", "image", "mask", "extend", "variation_seed"}
+    rows.add("class_label")
     values = {name: index for index, name in enumerate(requests.Request.__dataclass_fields__)}
     request = object.__new__(Request)
     for name, value in values.items():
         object.__setattr__(request, name, value)
-    assert set(request.alike) == {value for name, value in values.items() if name not in rows}
+    kinds = {True, False}  # whether there is an image, a mask
+    assert set(request.alike) - kinds == {value for name, value in values.items() if name not in rows} - kinds

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.metrics.judges import open_judge, read_asked
 from tests.test_fit import OPTIM, TEXT, VAE, diffusion_recipe
 from tests.test_train_scripts import run as launched
 from train import run, train_ldm
@@ -19,7 +20,7 @@ from train.data.sources import DataConfig
 from train.fit.checkpoint import load_checkpoint
 from train.fit.record import training_seconds
 from train.measure.evaluation import choose, unseen_data
-from train.measure.judge import SEED_JUDGE, kept_judge
+from train.measure.judge import SEED_ASKED, book_of, kept_judge
 from train.tasks.autoencoding import AutoencoderRecipe
 from train.tasks.contrastive import ContrastiveRecipe
 
@@ -75,7 +76,7 @@ def test_one_command_from_pictures_to_a_report(recipes, capsys):
     assert "| UNet | 2 steps |" in report
     assert "model, on 3 captions" in report
     assert "2. two blue rings at night" in report
-    for name in ("prompts", "reconstruction", "judged"):
+    for name in ("prompts", "reconstruction", "judged", "losses"):
         assert (folder / f"evaluation/{name}.png").is_file()
     assert set(figures["losses"]) == {"loss", *(f"loss_t{62 + 125 * k:03d}" for k in range(8))}
 
@@ -138,17 +139,24 @@ def test_what_is_measured_was_not_trained_on():
 
 @pytest.mark.slow
 def test_a_judge_is_kept_by_its_code_and_scenes(tmp_path):
-    def names(**changes) -> set[str]:
-        asked = {"seed": SEED_JUDGE, "size": 16, "style": "shapes", "subjects": "all"} | changes
-        judge = kept_judge(tmp_path, SceneSource(**asked), scenes=64)
-        again = kept_judge(tmp_path, SceneSource(**asked), scenes=64)
-        for name, value in judge.state_dict().items():
-            assert torch.equal(value, again.state_dict()[name])
-        return {path.name for path in tmp_path.iterdir()}
+    def taught(**changes) -> dict[str, torch.Tensor]:
+        data = replace(DataConfig(source="shapes", size=16), **changes)
+        home = kept_judge(tmp_path, book_of(data), scenes=64, asked=5, tested=4)
+        at = (home / "judge.json").stat().st_mtime_ns
+        assert kept_judge(tmp_path, book_of(data), scenes=64, asked=5, tested=4) == home
+        assert (home / "judge.json").stat().st_mtime_ns == at, "there already"
+        return open_judge(home).network.state_dict()
 
-    assert len(names()) == 1
-    assert len(names(subjects=("star", "ring"))) == 2
-    assert len(names(seed=4)) == 3
+    first = taught()
+    assert [each.prompt for each in read_asked(tmp_path, "seen")] == [
+        SceneSource(SEED_ASKED, 16).describe(index).caption for index in range(5)
+    ]
+    assert len(read_asked(tmp_path, "held_out")) == 5
+    assert taught(subjects=("star", "ring"))["heads.subject.bias"].shape == (2,)
+    for name, value in taught().items():
+        assert torch.equal(value, first[name]), "taught anew it is the same"
+    with pytest.raises(ValueError, match=r"data\.source='photos': a judge knows drawn scenes"):
+        book_of(DataConfig(source="photos"))
 
 
 def test_the_time_of_a_stage_is_that_of_all_its_steps(tmp_path):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ldm.schedule import (
+from ldm.diffusion.schedule import (
     Level,
     NoiseSchedule,
     Timesteps,

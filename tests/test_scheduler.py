@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.sample import sample
-from ldm.schedule import Level, seen, to_flow, to_x0
-from ldm.scheduler import CLASSES, FLOW, GRIDS, PREDICTIONS, Scheduler
-from ldm.solvers import SOLVERS, ddim
+from ldm.diffusion.sample import sample
+from ldm.diffusion.schedule import Level, seen, to_flow, to_x0
+from ldm.diffusion.scheduler import CLASSES, FLOW, GRIDS, PREDICTIONS, Scheduler
+from ldm.diffusion.solvers import SOLVERS, ddim
 
 T = 1000
 SHAPE = (3, 4, 5, 7)  # odd on purpose

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.context import Context
-from ldm.options import Framing
+from ldm.model.context import Context
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.requests import Request
+from ldm.recipes.options import Framing
+from ldm.recipes.requests import Request
 from tests.tiny import tiny_pipeline, tiny_xl_pipeline
 from text_encoder.tokenizer import Tokenizer
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
-from ldm.options import Defaults
 from ldm.pipeline import LatentDiffusionPipeline
+from ldm.recipes.options import Defaults
 from tests.test_fit import autoencoder, diffusion_recipe, latents, losses, state, stop_at
 from tests.test_train_scripts import run
 from train.fit.checkpoint import load_checkpoint

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.noise import step_noise
-from ldm.sample import sample, trajectory
-from ldm.schedule import Level, NoiseSchedule, Timesteps, to_x0
-from ldm.scheduler import Scheduler
-from ldm.solvers import SOLVERS, Tableau, ddim, dpmpp_2m, heun, plms, unipc
+from ldm.diffusion.noise import step_noise
+from ldm.diffusion.sample import sample, trajectory
+from ldm.diffusion.schedule import Level, NoiseSchedule, Timesteps, to_x0
+from ldm.diffusion.scheduler import Scheduler
+from ldm.diffusion.solvers import SOLVERS, Tableau, ddim, dpmpp_2m, heun, plms, unipc
 
 DETERMINISTIC = {
     name: solver for name, solver in SOLVERS.items() if name not in ("ddpm", "euler_a", "dpmpp_2m_sde")

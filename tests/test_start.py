@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import save_model
+from ldm.files.checkpoint import save_model
 from tests.test_fit import OPTIM, VAE, diffusion_recipe, latents, losses, state, stop_at
 from train.batches.encoding import compute_latents
 from train.batches.latents import autoencoder_folder

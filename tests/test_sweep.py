@@ -1,14 +1,15 @@
 """`python -m ldm.evaluate sweep`: every setting drawn once, counted, timed and compared with the solution."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from ldm import evaluate
-from ldm.metrics.arguments import make_sweep_parser, settings_of
-from ldm.metrics.plot import ticks
+from ldm.metrics.plot import even_ticks, ticks
 from ldm.metrics.probes import relative_error
+from ldm.metrics.subcommands import make_sweep_parser, settings_of
 from tests.test_evaluate import paint
 from tests.tiny import tiny_pipeline
 
@@ -31,10 +32,76 @@ def test_settings():
         ("--count=9",): "--count has no effect without --reference",
         ("--guidance=0.5",): "guidance_scale=0.5: expected",
         ("--probes=-1",): "--probes -1: expected a whole number from 0",
+        ("--probes=0", "--beside=diffusers"): "--beside diffusers has no effect with --probes 0",
     }.items():
         with pytest.raises(ValueError, match=told):
             parse(*words)
+
+
+def test_ticks():
     assert ticks(4, 60) == [5, 10, 20, 50]
+    assert ticks(0.15, 0.29) == pytest.approx([0.16 + 0.02 * k for k in range(7)])
+    assert even_ticks(-20, 1020) == [0, 200, 400, 600, 800, 1000]
+    assert even_ticks(0.1, 0.9) == pytest.approx([0.1 * k for k in range(1, 10)])
+
+
+def test_losses(tmp_path, monkeypatch, capsys):
+    """A run's validations by step, the last line cut short; several runs by their newest."""
+    monkeypatch.chdir(tmp_path)
+    for run, fall in (("one", 0.1), ("two", 0.3)):
+        lines = [{"step": step, "loss": 1.0} for step in (1, 2)]
+        lines += [
+            {"step": step, "validation/loss": 1.0, "validation/loss_64": 1.0}
+            | {f"validation/loss_t{t:03d}": 1 / (1 + fall * step + t / 500) for t in (62, 562, 937)}
+            for step in range(100, 1001, 100)
+        ]
+        (tmp_path / run).mkdir()
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / run / "metrics.jsonl").write_text(text + '{"step": 1100, "validation/lo')
+    assert evaluate.main(["losses", "one", "--lines=3", "--output=out"]) == 0
+    assert capsys.readouterr().out == "out/report.md\n"
+    rows = (tmp_path / "out/report.md").read_text().split("\n\n")[2].splitlines()
+    assert rows[0] == "| | 62 | 562 | 937 |"
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| step 100", "| step 500", "| step 1,000"]
+    assert rows[-1].endswith(f"| {1 / (1 + 100 + 937 / 500):.4f} |")
+    assert (tmp_path / "out/losses.png").is_file()
+    assert evaluate.main(["losses", "one", "two"]) == 0
+    assert "| two, step 1,000 |" in (tmp_path / "losses/report.md").read_text()
+    shutil.copytree(tmp_path / "one", tmp_path / "other/one")
+    assert evaluate.main(["losses", "one", "other/one"]) == 0
+    told = (tmp_path / "losses/report.md").read_text()
+    assert "| one, step" in told
+    assert "| other/one, step" in told
+    (tmp_path / "two/metrics.jsonl").write_text('{"step": 1, "loss": 1.0}')
+    for run, told in {"nowhere": "nowhere is no folder of a run", "two": "--validation-samples"}.items():
+        capsys.readouterr()
+        assert evaluate.main(["losses", run]) == 2
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_beside_diffusers(tmp_path, monkeypatch, caplog):
+    """Where both make the same steps, both end as far from the same solution; else diffusers is left out."""
+    tiny_pipeline(timestep_spacing="trailing", set_alpha_to_one=True).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ldm.metrics.probes.MAX_STEPS", 40)
+    (tmp_path / "x.txt").write_text("a red fox in snow\ntwo blue cats at night\n")
+    words = ["sweep", "--model=model", "--prompts=x.txt", "--beside=diffusers", "--probes=2", "--steps=5,10"]
+    words += ["--guidance=3", "--samplers=ddim,dpmpp_2m,unipc,euler_a", "--output=out"]
+    assert evaluate.main(words) == 0
+    rows = json.loads((tmp_path / "out/sweep.json").read_text())["settings"]
+    for row in rows:
+        assert row["diffusers calls"] == row["calls"]
+        assert row["diffusers seconds"] > 0
+        if row["sampler"] == "euler_a":
+            assert row["diffusers error"] is None
+        else:
+            assert row["diffusers error"] == pytest.approx(row["error"], rel=0.02, abs=1e-4)
+    report = (tmp_path / "out/report.md").read_text()
+    assert "| sampler | steps | guidance_scale | calls | seconds | error | diffusers calls |" in report
+    tiny_pipeline(rescale_betas_zero_snr=True).save_pretrained(tmp_path / "model")
+    assert evaluate.main([*words[:5], "--steps=5", "--samplers=heun", "--output=other"]) == 0
+    assert "HeunDiscreteScheduler has other noise levels than this model: left out" in caplog.text
 
 
 @pytest.mark.slow
@@ -63,6 +130,7 @@ def test_sweep(tmp_path, monkeypatch, capsys):
     report = (tmp_path / "out/report.md").read_text()
     assert "![error by calls](error-by-calls.png)" in report
     assert (tmp_path / "out/FD-random-conv-by-seconds.png").is_file()
+    assert "pictures" in json.loads((tmp_path / "out/sweep.json").read_text())["protocol"]["probes"]
     capsys.readouterr()
     assert evaluate.main(words) == 0
     assert "32 were there" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import save_model
+from ldm.files.checkpoint import save_model
 from tests.test_buckets import VAE
 from train.batches import encoding
 from train.batches.encoding import compute_latents

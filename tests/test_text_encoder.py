@@ -5,7 +5,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ldm.config import read_config
+from ldm.files.config import read_config
 from text_encoder.clip import CLIPTextConfig, CLIPTextEncoder, ProjectedTextEncoder
 
 ODD = {  # no two sizes alike, none a power of two
@@ -116,7 +116,7 @@ def test_states_and_gradients_are_those_of_transformers(sizes):
 @pytest.mark.parametrize("eos_token_id", [610, 2])
 def test_the_projection_and_all_states_are_those_of_transformers(eos_token_id, tmp_path):
     """In memory and by way of a folder, in both directions."""
-    from ldm.checkpoint import load_model, save_model
+    from ldm.files.checkpoint import load_model, save_model
 
     sizes = ODD | {"eos_token_id": eos_token_id, "hidden_act": "gelu"}
     stock = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**sizes)).eval()
@@ -185,7 +185,7 @@ def test_the_pooled_state_is_at_the_first_end_token_or_in_old_configs_at_the_lar
 
 
 def test_transformers_reads_what_we_write(odd, tmp_path):
-    from ldm.checkpoint import load_model, save_model
+    from ldm.files.checkpoint import load_model, save_model
 
     save_model(odd, tmp_path)
     assert all(name.startswith("text_model.") for name in load_file(tmp_path / "model.safetensors"))
@@ -198,7 +198,7 @@ def test_transformers_reads_what_we_write(odd, tmp_path):
 
 @pytest.mark.parametrize("version", [4, 5])
 def test_we_read_what_transformers_writes(version, tmp_path):
-    from ldm.checkpoint import load_model
+    from ldm.files.checkpoint import load_model
 
     stock = stock_model(ODD)
     stock.save_pretrained(tmp_path)  # version 5 writes the names without text_model.

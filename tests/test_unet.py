@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.attention import CrossAttention, SelfAttention
-from ldm.blocks import ScaleShiftResnet, TimeResnet, timestep_embedding
-from ldm.config import read_config
-from ldm.context import Context
-from ldm.unet import UNet, UNetConfig
+from ldm.files.checkpoint import save_model
+from ldm.files.config import read_config
+from ldm.model.attention import CrossAttention, SelfAttention
+from ldm.model.blocks import ScaleShiftResnet, TimeResnet, timestep_embedding
+from ldm.model.context import Context
+from ldm.model.unet import UNet, UNetConfig
 
 CROSS = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -322,12 +323,27 @@ def test_classes_are_asked_for():
         tiny()(xt, t, context, labels)
 
 
+def test_diffusers_reads_the_unet_of_a_model_of_classes(tmp_path):
+    """Also what a call tells it: a Context with labels, and one without a class."""
+    from diffusers import UNet2DConditionModel as Reference
+
+    ours = tiny(num_class_embeds=4).eval()
+    save_model(ours, tmp_path)
+    reference = Reference.from_pretrained(tmp_path).eval()
+    xt, t, text, _ = inputs(ours.config, (4, 6), batch=2)
+    wish, nothing = torch.tensor([2, 0]), torch.tensor([3, 3])
+    with torch.no_grad():
+        both = ours(xt, t, Context.of(Context(text, labels=nothing), Context(text, labels=wish)))
+        for answer, labels in zip(both.chunk(2), (nothing, wish), strict=True):
+            assert error(answer, reference(xt, t, text, class_labels=labels).sample) < 1e-5
+
+
 def test_what_sdxl_is_told_is_asked_for():
     unet = UNet(UNetConfig(**SDXL_TINY))
     xt, t, context, _ = inputs(unet.config, (8, 6))
     for text in (None, context, Context(context), Context(context, torch.randn(3, 12))):
         with pytest.raises(
-            ValueError, match=r"told the whole text and sizes .*: pass a ldm\.context\.Context"
+            ValueError, match=r"told the whole text and sizes .*: pass a ldm\.model\.context\.Context"
         ):
             unet(xt, t, text)
 

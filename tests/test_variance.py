@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from ldm.context import Context, repeated
-from ldm.guidance import classifier_free, conditional
-from ldm.sample import trajectory
-from ldm.schedule import NoiseSchedule, to_x0
-from ldm.scheduler import Scheduler
-from ldm.variance import LearnedVariance, ReverseSteps
+from ldm.diffusion.guidance import classifier_free, conditional
+from ldm.diffusion.sample import trajectory
+from ldm.diffusion.schedule import NoiseSchedule, to_x0
+from ldm.diffusion.scheduler import Scheduler
+from ldm.diffusion.variance import LearnedVariance, ReverseSteps
+from ldm.model.context import Context, repeated
 from tests.test_scheduler import KINDS, config_of, draw, toy_unet
 
 SCHEDULE = NoiseSchedule.scaled_linear()

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ldm import generate
 from ldm.adapters import __main__ as command
-from ldm.adapters.noted import file_hash
-from ldm.picture import read_recipe
 from ldm.pipeline import LatentDiffusionPipeline
+from ldm.recipes.noted import file_hash
+from ldm.recipes.picture import read_recipe
 from tests.tiny import tiny_pipeline
 
 WIDTH = 24
@@ -146,6 +146,7 @@ def draw(folder: Path, *options: str, output: str = "one.png") -> int:
     return generate.main([*model, *options, "--output", str(folder / output)])
 
 
+@pytest.mark.slow
 def test_a_picture_names_its_adapters_and_repeats(made, capsys, monkeypatch):
     recipe, style = read_recipe(made / "one.png"), made / "style.safetensors"
     assert recipe.loras == ((str(style), 0.5, file_hash(style)),)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
+from ldm.diffusion.scheduler import Scheduler
+from ldm.model.unet import UNet, UNetConfig
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.scheduler import Scheduler
-from ldm.unet import UNet, UNetConfig
 from text_encoder.clip import CLIPTextConfig, CLIPTextEncoder, ProjectedTextEncoder
 from text_encoder.tokenizer import Tokenizer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -34,6 +35,16 @@ def command(main: Callable[[Sequence[str]], int]) -> None:
         logger.removeHandler(handler)
         leave_group()
     sys.exit(code)
+
+
+def ended(model: Path, exit_code: int) -> int:
+    """The exit code of a run, whose first rank prints where the model is if it came to its end."""
+    import torch.distributed as distributed  # as below
+
+    several = distributed.is_available() and distributed.is_initialized()
+    if not exit_code and not (several and distributed.get_rank()):
+        print(model)
+    return exit_code
 
 
 def leave_group() -> None:

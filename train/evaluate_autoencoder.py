@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import load_model
-from ldm.noise import start_noise
-from ldm.picture import check_output, save_picture
+from ldm.diffusion.noise import start_noise
+from ldm.files.checkpoint import load_model
+from ldm.recipes.picture import check_output, save_picture
 from train.batches.latents import autoencoder_folder
 from train.batches.plan import spread
 from train.command import command

@@ -24,8 +24,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import load_model, save_model, weight_file
-from ldm.unet import UNet
+from ldm.files.checkpoint import load_model, save_model, weight_file
+from ldm.files.config import read_json, write_json
+from ldm.formats.parts import TRAINED
+from ldm.model.unet import UNet
 from text_encoder.clip import CLIPTextEncoder
 from train.command import command
 from train.config import parse
@@ -105,12 +107,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (run / "exported.json").is_file():
         raise ValueError(f"{run} has exported no model yet: finish the run first")
     average = rebuilt(snapshots, recipe.width)
+    if PARTS.keys().isdisjoint(name.split(".")[0] for name in average):
+        raise ValueError(f"{run} trained no {', '.join(PARTS)}: only averages of these are put into a model")
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         shutil.copytree(run / "model", temporary)
         with torch.no_grad():
             replace_weights(temporary, average)
+        step = read_json(run / "exported.json")["step"]
+        average_of = f"average of a power function, width {recipe.width:g}"
+        write_json(temporary / TRAINED, {"step": step, "ema": average_of})
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

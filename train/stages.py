@@ -18,12 +18,19 @@ from train.batches.encoding import compute_latents
 from train.batches.latents import Latents, autoencoder_folder
 from train.batches.plan import split_batch
 from train.config import is_recipe, read_recipe
+from train.data.sources import open_source
 from train.fit.loop import cpu_only, fit
 from train.fit.record import minutes, training_seconds
 from train.fit.state import FitConfig, Task
 from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding
 from train.tasks.contrastive import Contrastive, ContrastiveRecipe
-from train.tasks.diffusion import DiffusionRecipe, LatentDiffusion, check_compile, start_folder
+from train.tasks.diffusion import (
+    DiffusionRecipe,
+    LatentDiffusion,
+    check_classes,
+    check_compile,
+    start_folder,
+)
 from train.tasks.text import build_text_encoder, tell_lengths
 
 RecipeT = TypeVar("RecipeT", AutoencoderRecipe, ContrastiveRecipe)
@@ -53,6 +60,8 @@ def train_stages(recipe: DiffusionRecipe) -> Iterator[Passed]:
     if words and not is_recipe(words):
         build_text_encoder(recipe.text_encoder, [])  # a folder that holds none is found out now
     start_folder(recipe)  # likewise
+    if recipe.data.label is not None and (labels := open_source(recipe.data).labels):
+        check_classes(recipe, labels.names)
     check_compile(recipe)
     if is_recipe(recipe.autoencoder):
         stage = autoencoder_stage(recipe)

@@ -17,7 +17,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train.command import command
+from train.command import command, ended
 from train.config import parse
 from train.fit.loop import fit
 from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding
@@ -34,9 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_plan([Stage("autoencoder", Autoencoding(recipe), recipe)], recipe.price)
         return 0
     outcome = fit(Autoencoding(recipe), recipe)
-    if outcome.finished:
-        print(outcome.model)
-    return outcome.exit_code
+    return ended(outcome.model, outcome.exit_code)
 
 
 if __name__ == "__main__":

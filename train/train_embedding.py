@@ -18,7 +18,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train.command import command
+from train.command import command, ended
 from train.config import parse
 from train.fit.loop import fit
 from train.tasks.embedding import Embedding, EmbeddingRecipe
@@ -38,9 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_plan([Stage("embedding", task, recipe)], recipe.price)
         return 0
     outcome = fit(Embedding(recipe, folder, latents_of(recipe, folder)), recipe)
-    if outcome.finished:
-        print(outcome.model)
-    return outcome.exit_code
+    return ended(outcome.model, outcome.exit_code)
 
 
 if __name__ == "__main__":

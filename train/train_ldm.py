@@ -22,7 +22,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train.command import command
+from train.command import command, ended
 from train.config import parse
 from train.stages import show_stages, train_stages
 from train.tasks.diffusion import DiffusionRecipe
@@ -39,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     for stage in train_stages(recipe):
         log.info(stage)
-    if not stage.exit_code:
-        print(stage.folder)
-    return stage.exit_code
+    return ended(stage.folder, stage.exit_code)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train.command import command
+from train.command import command, ended
 from train.config import parse
 from train.fit.loop import fit
 from train.tasks.lora import Lora, LoraRecipe
@@ -42,9 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_plan([Stage("adapters", Lora(recipe, folder, latents, prior), recipe)], recipe.price)
         return 0
     outcome = fit(Lora(recipe, folder, latents_of(recipe, folder), prior_latents(recipe, folder)), recipe)
-    if outcome.finished:
-        print(outcome.model)
-    return outcome.exit_code
+    return ended(outcome.model, outcome.exit_code)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ if __package__ in (None, ""):  # run as a file: the packages lie one folder abov
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import load_model
+from ldm.files.checkpoint import load_model
 from train.batches.encoding import compute_latents
 from train.batches.latents import autoencoder_folder
-from train.command import command
+from train.command import command, ended
 from train.config import parse
 from train.fit.loop import fit
 from train.tasks.contrastive import Contrastive, ContrastiveRecipe
@@ -45,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     task = Contrastive(recipe, autoencoder, latents)
     tell_lengths(task.tokenizer, latents.captions.values())
     outcome = fit(task, recipe)
-    if outcome.finished:
-        print(outcome.model)
-    return outcome.exit_code
+    return ended(outcome.model, outcome.exit_code)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from torch import nn
 from ldm.adapters import names
 from ldm.adapters.applied import adaptable
 from ldm.adapters.files import Adapter, read_adapter, write_adapter
-from ldm.checkpoint import empty_model, read_config, read_json
-from ldm.unet import UNet, UNetConfig
+from ldm.files.checkpoint import empty_model, read_config, read_json
+from ldm.model.unet import UNet, UNetConfig
 from text_encoder.clip import CLIPTextConfig, CLIPTextEncoder
 
 LAYERS = 32  # of the deepest text encoder of the family: the names in the others are among its own

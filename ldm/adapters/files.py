@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ldm.adapters import names
 from ldm.adapters.deltas import NEEDS, Layer, tucker
-from ldm.checkpoint import PICKLES, read_tensors
-from ldm.config import read_json, replacing, write_json
+from ldm.files.checkpoint import PICKLES, read_tensors
+from ldm.files.config import read_json, replacing, write_json
 
 METADATA = "lora_adapter_metadata"  # of diffusers, in a safetensors' header: PEFT's configuration as JSON
 CONFIG = "adapter_config.json"  # of PEFT, beside its adapter_model.safetensors
@@ -59,9 +59,7 @@ def find_file(path: str | Path, weight_name: str | None = None, usual: tuple[str
     if path.suffix.lower() in PICKLES:
         raise ValueError(f"{path} is a pickle, which can run any code: get or convert it to .safetensors")
     if not path.is_file():
-        raise ValueError(
-            f"no such file {path}: an adapter is a .safetensors here (get it from a hub beforehand)"
-        )
+        raise ValueError(f"no such file {path}: expected a .safetensors here (get it from a hub beforehand)")
     return path
 
 

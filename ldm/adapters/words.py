@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ldm.adapters.applied import follow, parameter_of
 from ldm.adapters.files import find_file
-from ldm.checkpoint import read_tensors
-from ldm.config import replacing
+from ldm.files.checkpoint import read_tensors
+from ldm.files.config import replacing
 from text_encoder.clip import CLIPTextEncoder
 from text_encoder.tokenizer import Tokenizer
 

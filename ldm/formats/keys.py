@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoencoder.vae import AutoencoderKLConfig
-from ldm.architecture import UNetConfig
+from ldm.model.architecture import UNetConfig
 from text_encoder.clip import CLIPTextConfig
 
 Table = Mapping[str, str]  # beginnings of our names, to those of the single file

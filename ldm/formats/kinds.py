@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autoencoder.vae import AutoencoderKLConfig
-from ldm.architecture import UNetConfig
+from ldm.diffusion.scheduler import FLOW
 from ldm.formats.keys import CLIP, OPEN_CLIP, UNET
 from ldm.formats.vocabulary import SD2_PAD
-from ldm.scheduler import FLOW
+from ldm.model.architecture import UNetConfig
 from text_encoder.clip import CLIPTextConfig
 from text_encoder.tokenizer import END
 
@@ -39,6 +39,7 @@ class Kind:
     scheduler: Mapping[str, Any]
     pad: str = END  # of the tokenizer
     low_res_scheduler: Mapping[str, Any] | None = None  # noise on the small picture of an upscaler
+    max_noise_level: int | None = None  # of that noise, the most it was trained on
 
     @property
     def prediction(self) -> str:
@@ -120,6 +121,7 @@ SD2_V = replace(
     scheduler=_scheduler("DDIMScheduler", "v_prediction"),
 )
 X4_NOISE = (0.0001, 0.02)
+MAX_NOISE_LEVEL = 350
 KINDS = {
     "sd1": SD1,
     "sd1-inpaint": replace(
@@ -144,6 +146,7 @@ KINDS = {
         vae=VAE_F4,
         scheduler=_scheduler("DDIMScheduler", "v_prediction", X4_NOISE),
         low_res_scheduler=_scheduler("DDPMScheduler", "epsilon", X4_NOISE),
+        max_noise_level=MAX_NOISE_LEVEL,
     ),
 }
 # What else single files hold: the weights that come out of them, what makes them known.

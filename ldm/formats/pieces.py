@@ -1,7 +1,7 @@
 """A pipeline in pieces, whatever its format: configurations, tokenizer and tensors, not yet a model.
 
 Folders and single files are read to pieces and written from them, so that a converter needs no pipeline that
-can draw: a model for inpainting or an upscaler has pieces too.
+can draw: an upscaler has pieces too.
 """
 
 from __future__ import annotations
@@ -16,24 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm import options, stock
-from ldm.checkpoint import fill_model, has_variant, read_tensors, save_model, weight_file, write_json
-from ldm.config import read_config, read_json
-from ldm.formats.kinds import INPAINT, TO_IMAGE, UPSCALE, Kind
+from ldm.files.checkpoint import fill_model, has_variant, read_tensors, save_model, weight_file, write_json
+from ldm.files.config import read_config, read_json
+from ldm.formats import stock
+from ldm.formats.kinds import INPAINT, MAX_NOISE_LEVEL, TO_IMAGE, UPSCALE, Kind
+from ldm.formats.parts import DEFAULTS
 from ldm.formats.report import Report
 from ldm.formats.tensors import CLASSES, part_shapes
-from ldm.parts import DEFAULTS
+from ldm.recipes import options
 from text_encoder.tokenizer import Tokenizer
 
-DRAWN = (TO_IMAGE, "LatentDiffusionPipeline")  # what model_index.json calls what our pipeline draws with
+DRAWN = (
+    TO_IMAGE,
+    INPAINT,
+    "LatentDiffusionPipeline",
+)  # what model_index.json calls what our pipeline draws with
 TITLES = {
-    **dict.fromkeys(DRAWN, "a model from text to image"),
+    **dict.fromkeys((TO_IMAGE, "LatentDiffusionPipeline"), "a model from text to image"),
     INPAINT: "a model for inpainting",
     UPSCALE: "an upscaler by 4",
 }
 NOT_DRAWN = "can be converted, but no pipeline here draws with it: diffusers' {} does"
 Tick = Callable[[], object]  # called after each tensor, for a progress bar
-MAX_NOISE_LEVEL = 350  # of the x4 upscaler: the noisiest small picture it was trained on
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,11 @@ class Pieces:
 
     def check_drawn(self) -> None:
         """Raises ValueError unless our pipeline can draw with these."""
+        if self.kind.pipeline == UPSCALE:
+            raise ValueError(
+                f"{self.reports[0].source} is {TITLES[UPSCALE]} ({self.kind.title}): load it by "
+                "LatentUpscalePipeline.from_single_file"
+            )
         if self.kind.pipeline not in DRAWN:
             raise ValueError(
                 f"{self.reports[0].source} is {TITLES[self.kind.pipeline]} ({self.kind.title}): it "
@@ -98,9 +107,10 @@ def read_kind(folder: Path) -> Kind:
     low = folder / "low_res_scheduler/scheduler_config.json"
     return Kind(
         title=TITLES[name],
-        pipeline=TO_IMAGE if name in DRAWN else name,
+        pipeline=TO_IMAGE if name == "LatentDiffusionPipeline" else name,
         scheduler=read_json(folder / "scheduler/scheduler_config.json"),
         low_res_scheduler=read_json(low) if name == UPSCALE else None,
+        max_noise_level=index.get("max_noise_level", MAX_NOISE_LEVEL) if name == UPSCALE else None,
         **configs,
     )
 
@@ -139,15 +149,12 @@ def read_folder(folder: Path, variant: str | None = None) -> Pieces:
 
 def model_index(kind: Kind) -> dict[str, Any]:
     """The model_index.json of a folder of this kind, as diffusers reads it."""
-    index = stock.model_index(stock.SD, stock.scheduler_class(kind.scheduler)) | {
-        "_class_name": kind.pipeline
-    }
+    classes = {"scheduler": stock.scheduler_class(kind.scheduler)}
     if kind.low_res_scheduler is None:
-        return index
-    for name in ("image_encoder", "requires_safety_checker"):  # its class has neither
-        del index[name]
-    low = ["diffusers", stock.scheduler_class(kind.low_res_scheduler)]
-    return index | {"low_res_scheduler": low, "max_noise_level": MAX_NOISE_LEVEL, "watermarker": [None, None]}
+        return stock.model_index(stock.SD, classes) | {"_class_name": kind.pipeline}
+    classes["low_res_scheduler"] = stock.scheduler_class(kind.low_res_scheduler)
+    most = MAX_NOISE_LEVEL if kind.max_noise_level is None else kind.max_noise_level
+    return stock.model_index(stock.UPSCALER, classes, {"max_noise_level": most})
 
 
 def write_folder(

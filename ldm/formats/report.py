@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from ldm.config import write_json
+from ldm.files.config import write_json
 
 Shape = tuple[int, ...]
 FIRST = 3  # names in a sentence

@@ -21,20 +21,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm import options
-from ldm.checkpoint import fill_model, read_tensors
-from ldm.config import MAX_JSON, read_config, replacing
-from ldm.devices import default_dtype
-from ldm.formats.kinds import KINDS, PREDICTIONS, TO_IMAGE, Kind, recognise
+from ldm.diffusion.scheduler import Scheduler
+from ldm.drawing.devices import default_dtype
+from ldm.files.checkpoint import fill_model, read_tensors
+from ldm.files.config import MAX_JSON, read_config, replacing
+from ldm.formats.kinds import KINDS, PREDICTIONS, Kind, recognise
 from ldm.formats.pieces import TITLES, Pieces, Tick, check_absent, read_kind
 from ldm.formats.tensors import CLASSES, averaged, join, split, usual
 from ldm.formats.vocabulary import clip_merges, clip_tokenizer, clip_vocab
-from ldm.scheduler import Scheduler
+from ldm.recipes import options
 from text_encoder.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-HEADER = "ldm.parts"  # the name of our note in a file's header
+HEADER = "ldm.formats.parts"  # the name of our note in a file's header
 NOTED = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 TEXTS = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 EPS_LIKE, V_LIKE = 0.8, 0.5  # cosine of the answer and the noise: above is eps, below is v
@@ -82,6 +82,7 @@ def make_header(pieces: Pieces) -> dict[str, str]:
         **{part: asdict(config) for part, config in kind.configs().items()},
         "scheduler": dict(kind.scheduler),
         "low_res_scheduler": kind.low_res_scheduler and dict(kind.low_res_scheduler),
+        "max_noise_level": kind.max_noise_level,
         "tokenizer": tokenizer_texts(pieces.tokenizer),
         "defaults": asdict(pieces.defaults),
     }
@@ -113,6 +114,7 @@ def kind_of_header(text: str, path: Path) -> tuple[Kind, Tokenizer, options.Defa
             pipeline=note["pipeline"],
             scheduler=dict(note["scheduler"]),
             low_res_scheduler=note["low_res_scheduler"],
+            max_noise_level=note.get("max_noise_level"),
             **configs,
         )
         Scheduler.from_config(kind.scheduler)
@@ -295,7 +297,8 @@ def pieces_of(pipe: Any) -> Pieces:
     """The pieces of a pipeline, sharing its tensors."""
     models = {part: getattr(pipe, part) for part in CLASSES}
     configs = {part: model.config for part, model in models.items()}
-    kind = Kind(title=TITLES[TO_IMAGE], pipeline=TO_IMAGE, scheduler=pipe.scheduler.config, **configs)
+    name = pipe.layout.stock_class
+    kind = Kind(title=TITLES[name], pipeline=name, scheduler=pipe.scheduler.config, **configs)
     tensors = {
         part: {name: value.detach().cpu() for name, value in model.state_dict().items()}
         for part, model in models.items()

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import empty_model
+from ldm.files.checkpoint import empty_model
 from ldm.formats.keys import OPEN_CLIP, PARTS, UNET, ema_name, is_open_clip, part_table, rename
 from ldm.formats.report import Report, Shape
-from ldm.unet import UNet
+from ldm.model.unet import UNet
 from text_encoder.clip import CLIPTextEncoder
 
 CLASSES: dict[str, Any] = {"unet": UNet, "vae": AutoencoderKL, "text_encoder": CLIPTextEncoder}

@@ -1,4 +1,4 @@
-"""The arguments of `python -m ldm.evaluate`, of its sweep and of its audit.
+"""The arguments of `python -m ldm.evaluate`; of what it does beside, in subcommands.py.
 
 Imports no torch, so help and errors come at once.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ldm import options
-from ldm.arguments import HOW, PIXELS, SWITCH, WHAT, WHERE, WHOLE, Parser, Table
+from ldm.command.arguments import HOW, PIXELS, SWITCH, WHAT, WHERE, WHOLE, Parser, Table
+from ldm.recipes import options
 
 EXAMPLES = """
 examples:
@@ -26,8 +26,9 @@ PyTorch port, the others folders of transformers. NAME=PATH@SHA256 refuses other
 FID if its weights are the FID's very file; else its name says by what it was made, and it compares with
 figures of that name alone.
 
-A second run draws what is missing, and torchrun or accelerate launch share out the pictures. In --output are
-the pictures, report.md, figures.json with the whole protocol of every figure, and sheet.png.
+A second run draws and computes what is missing; torchrun or accelerate launch share out the pictures and the
+features. In --output are the pictures, features, report.md, sheet.png, and figures.json with the whole
+protocol of every figure.
 
 The path of the report is printed on standard output, everything else on standard error.
 Exit status: 0 done, 1 the machine failed, 2 the request cannot be met, 130 interrupted.
@@ -44,6 +45,10 @@ PICTURES: Table = {
         **SWITCH,
         "help": "measure what the model's autoencoder makes of the reference: rFD, PSNR, SSIM",
     },
+}
+EMA = {
+    "metavar": "TEXT",
+    "help": "which average of the weights this is, for the protocol; if left out, what training noted of it",
 }
 MEASURE: Table = {
     "reference": {
@@ -66,11 +71,7 @@ MEASURE: Table = {
         "ADM's evaluator and torch-fidelity do; bicubic if left out",
     },
     "size": {**PIXELS, "help": "first crop all to the square in their middle and scale it to this"},
-    "ema": {
-        "metavar": "TEXT",
-        "default": "not told",
-        "help": "which average of the weights this is, for the protocol: a model's folder does not say",
-    },
+    "ema": EMA,
     "keep": {
         **WHOLE,
         "default": 10_000,
@@ -83,8 +84,8 @@ def make_parser() -> Parser:
     """The options of a measurement."""
     parser = Parser(
         prog="python -m ldm.evaluate",
-        usage="python -m ldm.evaluate [sweep | audit] [options]",
-        description="Measures pictures against real ones. sweep and audit have a --help of their own.",
+        usage="python -m ldm.evaluate [sweep | scenes | losses | audit] [options]",
+        description="Measures pictures against real ones. The words have a --help of their own each.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -130,15 +131,15 @@ def add_groups(parser: argparse.ArgumentParser, groups: dict[str, Table]) -> Non
 
 def check_numbers(args: argparse.Namespace) -> None:
     """Raises ValueError for numbers and extractors that cannot be."""
-    least = {"count": 2, "reference_count": 2, "keep": 2, "size": 8, "probes": 0, "pairs": 1}
+    least = {"count": 2, "reference_count": 2, "keep": 2, "size": 8, "probes": 0, "pairs": 1, "lines": 1}
     for name in least.keys() & vars(args).keys():
         value = getattr(args, name)
         if value is not None and (not isinstance(value, int) or value < least[name]):
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {value}: expected a whole number from {least[name]}")
     options.check_seed(getattr(args, "seed", 0))
-    asked = args.extractor if isinstance(args.extractor, list) else [args.extractor or "random-conv"]
-    for kind in asked:
+    asked = getattr(args, "extractor", None) or "random-conv"
+    for kind in asked if isinstance(asked, list) else [asked]:
         if kind.partition("=")[0] not in ("random-conv", "inception", "dinov2", "clip"):
             raise ValueError(
                 f"extractor={kind!r} is unknown: expected random-conv, inception=, dinov2= or clip="
@@ -185,134 +186,3 @@ def reference_options(args: argparse.Namespace) -> dict[str, Any]:
         "keep": args.keep,
         "kept_as": args.save_reference,
     }
-
-
-# Sweep
-
-SWEEP_EXAMPLES = """
-examples:
-  python -m ldm.evaluate sweep --prompts captions.txt --count 500 --reference photos/ \\
-      --samplers ddim,dpmpp_2m,unipc --steps 5,10,20 --guidance 1,3,7
-  python -m ldm.evaluate sweep --prompts captions.txt --samplers ddim,dpmpp_2m --steps 5,10,20,50
-
-Draws --count pictures for every sampler, number of steps and guidance, and tabulates and plots their figures
-against model calls and seconds. Calls count both halves of guidance. Seconds are those of a
-picture's latents, measured on --probes pictures drawn together. The error is how far these latents end from
-the solution of 1,000 steps of dpmpp_2m with the same noise and guidance: |x - x*| / |x*|; solvers that add
-noise have none. A grid of few steps starts below the noisiest level or ends above the cleanest, which is part
-of the error whatever the solver. Without --reference nothing else is measured.
-
-A second run draws what is missing; the solutions of 1,000 steps are kept too.
-"""
-SWEEP: Table = {
-    "prompts": PICTURES["prompts"],
-    "count": {**WHOLE, "help": "pictures for each setting; lines come again, with other seeds"},
-    "samplers": {"metavar": "A,B", "help": "solvers; the model's own if left out"},
-    "steps": {"metavar": "N,M", "default": "5,10,20", "help": "numbers of steps; 5,10,20"},
-    "guidance": {"metavar": "X,Y", "help": "scales of guidance; the model's own if left out"},
-    "probes": {
-        **WHOLE,
-        "default": 4,
-        "help": "pictures of which seconds and errors are measured; 4, and 0 for none",
-    },
-}
-
-
-def make_sweep_parser() -> Parser:
-    """The options of a sweep."""
-    parser = Parser(
-        prog="python -m ldm.evaluate sweep",
-        usage="python -m ldm.evaluate sweep --prompts FILE [options]",
-        description="Quality against model calls and seconds, for samplers, steps and guidance.",
-        epilog=SWEEP_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    table = {name: each for name, each in drawing_table().items() if name not in ("sampler", "steps")}
-    groups = {"what is swept": SWEEP, "how pictures are drawn": table}
-    add_groups(parser, {**groups, "how they are measured": MEASURE, "where it goes": where("sweep")})
-    return parser
-
-
-def settings_of(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every sampler with every number of steps and every guidance, by Recipe's names.
-
-    Raises ValueError for one that cannot be.
-    """
-    if not args.prompts or args.prompts == "-":
-        raise ValueError("no --prompts: give a file with a prompt a line, which a second run can read again")
-    check_numbers(args)
-    if not args.reference and args.count is not None:
-        raise ValueError("--count has no effect without --reference: leave it out; --probes sets how many")
-    settings: list[dict[str, Any]] = [{}]
-    kinds = {
-        "sampler": (args.samplers, str),
-        "steps": (args.steps, int),
-        "guidance_scale": (args.guidance, float),
-    }
-    for name, (text, kind) in kinds.items():
-        if text is None:
-            continue
-        try:
-            values = [kind(each.strip()) for each in text.split(",")]
-        except ValueError:
-            raise ValueError(f"{name}: {text!r} is no list such as 5,10,20") from None
-        settings = [{**setting, name: value} for setting in settings for value in dict.fromkeys(values)]
-    for setting in settings:
-        options.check_request(setting)
-    return settings
-
-
-# Audit
-
-AUDIT_EXAMPLES = """
-examples:
-  python -m ldm.evaluate audit photos/                          near-duplicates in a training set
-  python -m ldm.evaluate audit drawn/ --against photos/         what a model has learnt by heart
-  python -m ldm.evaluate audit drawn/ --against photos/ --extractor dinov2=dinov2-large/
-
-Two pictures are told as near if their perceptual hashes, mirrored or not, differ in at most --bits of 63, or
-if in the extractor's features one is nearer to the other than --ratio times the mean of its 50 nearest
-(Carlini et al. 2023). What is near is for the eye to judge: the sheet has the nearest pairs side by side.
-"""
-AUDIT: Table = {
-    "against": {"metavar": "FOLDER", "help": "look for them there; in the folder itself if left out"},
-    "extractor": {"metavar": "NAME[=PATH]", "help": MEASURE["extractor"]["help"].partition(";")[0]},
-    "bits": {**WHOLE, "default": 6, "help": "of 63, in which near pictures may differ; 6"},
-    "ratio": {
-        "type": float,
-        "metavar": "X",
-        "help": "0 to 1; 0.5, and 0.1 for random-conv, to which all of one colour looks alike",
-    },
-    "pairs": {**WHOLE, "default": 32, "help": "on the sheet, the nearest; 32"},
-    "device": HOW["device"],
-    "output": {
-        "metavar": "FOLDER",
-        "default": "audit",
-        "help": "for report.md, pairs.json, sheet.png; audit",
-    },
-}
-
-
-def make_audit_parser() -> Parser:
-    """The options of an audit."""
-    parser = Parser(
-        prog="python -m ldm.evaluate audit",
-        usage="python -m ldm.evaluate audit FOLDER [options]",
-        description="Near-duplicates in a folder, or between what a model draws and what it was trained on.",
-        epilog=AUDIT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("folder", metavar="FOLDER", help="the pictures")
-    add_groups(parser, {"options": AUDIT})
-    return parser
-
-
-def check_audit(args: argparse.Namespace) -> None:
-    """Raises ValueError for an audit that cannot be."""
-    check_numbers(args)
-    if not isinstance(args.bits, int) or not 0 <= args.bits <= 63:
-        raise ValueError(f"--bits {args.bits}: expected a whole number from 0 to 63")
-    if args.ratio is not None and not 0 <= args.ratio <= 1:
-        raise ValueError(f"--ratio {args.ratio}: expected 0 to 1")

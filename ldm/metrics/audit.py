@@ -17,8 +17,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ldm.config import replacing, write_json
-from ldm.loading import find_device
+from ldm.command.loading import find_device
+from ldm.drawing.pixels import open_checked, upright
+from ldm.files.config import replacing, write_json
 from ldm.metrics.collection import collect
 from ldm.metrics.extractors import RandomConv, find_extractor
 from ldm.metrics.folders import Folder
@@ -26,8 +27,7 @@ from ldm.metrics.kernels import ROWS
 from ldm.metrics.manifolds import nearest
 from ldm.metrics.measurement import output_folder
 from ldm.metrics.report import page
-from ldm.picture import save_picture
-from ldm.pixels import open_checked, upright
+from ldm.recipes.picture import save_picture
 
 SIDE, LOW = 32, 8  # of the perceptual hash: pixels, and frequencies on each axis
 BITS = LOW * LOW - 1
@@ -75,8 +75,8 @@ def hashes(pictures: Folder) -> Iterator[tuple[Tensor, bytes]]:
     def both(image: Image.Image) -> Tensor:
         return torch.stack([perceptual_hash(image), perceptual_hash(ImageOps.mirror(image))])
 
-    for rows, digests in pictures.batches(64, both):
-        yield from zip(rows, digests, strict=True)
+    for batch in pictures.batches(range(len(pictures)), 64, both):
+        yield from zip(batch.pixels, batch.digests, strict=True)
 
 
 def nearest_hash(a: Tensor, b: Tensor, same: bool) -> tuple[Tensor, Tensor]:

@@ -4,39 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 import ldm
-from ldm.checkpoint import read_tensors
-from ldm.config import replacing
+from ldm.files.checkpoint import read_tensors
+from ldm.files.config import replacing
+from ldm.metrics.blocks import Pictures, blocks_of, seen_by
 from ldm.metrics.extractors import Extractor
-from ldm.metrics.folders import FILTERS, Folder, fingerprint
+from ldm.metrics.folders import Folder, fingerprint
 from ldm.metrics.moments import Moments
 
 FORMAT = "ldm-reference-1"
 KEPT = 10_000  # pictures whose features are kept; as many as ADM's references hold (Dhariwal & Nichol 2021)
-
-
-class Pictures(Protocol):
-    """What is measured."""
-
-    size: tuple[int, int]
-    formats: str
-
-    def __len__(self) -> int: ...
-
-    def batches(
-        self, size: int, use: Callable[[Image.Image], Tensor]
-    ) -> Iterator[tuple[Tensor, list[bytes]]]: ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +33,7 @@ class Collection:
     features: Tensor  # (K, D) float32: of K of them, evenly spread
     probabilities: Tensor | None  # (K, classes) float32
     stamp: dict[str, Any]  # which pictures, seen how
+    near: Tensor | None = None  # (2,) float64: the means of Batch.near over all; 0 where there is none
 
 
 def is_kept(place: int, count: int, keep: int) -> bool:
@@ -56,29 +42,34 @@ def is_kept(place: int, count: int, keep: int) -> bool:
 
 
 def collect(
-    pictures: Pictures, extractor: Extractor, *, batch_size: int = 32, keep: int = KEPT, title: str = ""
+    pictures: Pictures,
+    extractor: Extractor,
+    *,
+    batch_size: int = 32,
+    keep: int = KEPT,
+    title: str = "",
+    kept: Path | None = None,
 ) -> Collection:
-    """Runs the extractor over the pictures. Memory does not grow with them beyond `keep` rows of features."""
-    from tqdm import tqdm  # 40 ms
+    """Runs the extractor over the pictures. Memory does not grow with them beyond `keep` rows of features.
 
-    scale = FILTERS[extractor.filter]
+    kept: a folder for the features, where other ranks put theirs; the figures do not depend on how many.
+    """
     pooled: Moments | None = None
     spatial: Moments | None = None
     features, probabilities, digests = list[Tensor](), list[Tensor](), list[bytes]()
+    near = torch.zeros(2, dtype=torch.float64)
     count, keep = len(pictures), min(keep, len(pictures))
-    with tqdm(total=count, desc=title, unit=" pictures", leave=False, disable=not sys.stderr.isatty()) as bar:
-        for pixels, names in pictures.batches(batch_size, lambda image: scale(image, extractor.side)):
-            found = extractor(pixels)
-            if not found.pooled.isfinite().all():
-                raise ValueError(f"the features of {extractor.name} are not finite: are its weights whole?")
-            pooled = more(pooled, found.pooled)
-            spatial = None if found.spatial is None else more(spatial, found.spatial)
-            rows = [row for row in range(len(names)) if is_kept(len(digests) + row, count, keep)]
-            features.append(found.pooled[rows].float().cpu())
-            if found.probabilities is not None:
-                probabilities.append(found.probabilities[rows].float().cpu())
-            digests += names
-            bar.update(len(names))
+    for block in blocks_of(pictures, extractor, batch_size, title, kept):
+        found = block.features
+        pooled = more(pooled, found.pooled)
+        spatial = None if found.spatial is None else more(spatial, found.spatial)
+        rows = [row for row in range(len(block.digests)) if is_kept(len(digests) + row, count, keep)]
+        features.append(found.pooled[rows])
+        if found.probabilities is not None:
+            probabilities.append(found.probabilities[rows])
+        if block.near is not None:
+            near += block.near.sum(0)
+        digests += block.digests
     assert pooled is not None
     stamp = {
         "pictures": count,
@@ -92,17 +83,7 @@ def collect(
         "torch": str(torch.__version__),
     }
     told = torch.cat(probabilities) if probabilities else None
-    return Collection(pooled, spatial, torch.cat(features), told, stamp)
-
-
-def seen_by(extractor: Extractor) -> dict[str, Any]:
-    """What of a stamp the extractor decides: two collections compare if they have it in common."""
-    return {
-        "extractor": extractor.name,
-        "weights_sha256": extractor.digest,
-        "side": extractor.side,
-        "filter": extractor.filter,
-    }
+    return Collection(pooled, spatial, torch.cat(features), told, stamp, near / count)
 
 
 def more(moments: Moments | None, features: Tensor) -> Moments:
@@ -157,29 +138,43 @@ def check_alike(a: Collection, b: Collection, what: str) -> None:
             )
 
 
+def reference_pictures(given: str, *, count: int | None, side: int | None) -> Folder | None:
+    """The folder of a reference; None where it is to be read as `save` kept it."""
+    path = Path(os.path.expanduser(given))
+    return Folder(path, count=count, side=side) if path.is_dir() else None
+
+
 def reference(
-    given: str, extractor: Extractor, *, count: int | None, side: int | None, keep: int, kept_as: str | None
+    given: str,
+    extractor: Extractor,
+    *,
+    count: int | None,
+    side: int | None,
+    keep: int,
+    kept_as: str | None,
+    kept: Path | None = None,
 ) -> Collection:
     """A folder's pictures in this extractor's features, or what was kept of such under a name.
 
     given: the folder, or the name. count, side: as Folder takes them. kept_as: a name to keep them under.
-    Raises ValueError if there is neither a folder nor a file, or if the file was made another way.
+    kept: as collect takes it. Raises ValueError if there is neither a folder nor a file, or if the file was
+    made another way.
     """
-    path = Path(os.path.expanduser(given))
-    if path.is_dir():
+    if (pictures := reference_pictures(given, count=count, side=side)) is not None:
         title = f"reference, {extractor.name}"
-        collection = collect(Folder(path, count=count, side=side), extractor, keep=keep, title=title)
+        collection = collect(pictures, extractor, keep=keep, title=title, kept=kept)
         if kept_as:
             save(collection, kept_file(Path(os.path.expanduser(kept_as)), extractor))
         return collection
-    kept = path if path.is_file() else kept_file(path, extractor)
-    if not kept.is_file():
+    path = Path(os.path.expanduser(given))
+    found = path if path.is_file() else kept_file(path, extractor)
+    if not found.is_file():
         raise ValueError(f"--reference {given}: neither a folder of pictures nor a file of --save-reference")
-    collection = load(kept)
+    collection = load(found)
     for name, value in seen_by(extractor).items():
         if collection.stamp[name] != value:
             raise ValueError(
-                f"{kept} was made with {name}={collection.stamp[name]!r}, and asked for is {value!r}: "
+                f"{found} was made with {name}={collection.stamp[name]!r}, and asked for is {value!r}: "
                 "make it anew from the pictures"
             )
     return collection

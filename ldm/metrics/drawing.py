@@ -1,26 +1,29 @@
 """The pictures that a model is judged by: drawn as `python -m ldm.generate --prompts` draws, so resumable.
 
-Several processes share them out by their number, as there; the first waits for the others' and measures.
+Several processes share them out by their number, as there; the first waits for the others'.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.arguments import make_parser
-from ldm.config import replacing
-from ldm.gallery import Rank, draw_gallery
+from ldm import pipeline
+from ldm.command.arguments import make_parser
+from ldm.command.gallery import draw_gallery
+from ldm.files.config import read_json, replacing
+from ldm.formats.parts import TRAINED
 from ldm.metrics.folders import Folder
-from ldm.picture import read_recipe
-from ldm.recipe import Recipe
-from ldm.requests import NUMBERED, read_requests
+from ldm.recipes.picture import read_recipe
+from ldm.recipes.recipe import Recipe
+from ldm.recipes.requests import NUMBERED, read_requests
 
-PATIENCE = 600.0  # seconds without a new picture of another rank
+PATIENCE = 600.0  # seconds without a new file of another rank
 OWN = ("prompt", "seed")  # of a recipe, what differs from picture to picture
 
 
@@ -40,8 +43,8 @@ def requests_of(prompts: str, count: int | None, seed: int) -> list[dict[str, An
     return lines
 
 
-def draw(lines: Sequence[Mapping[str, Any]], options: Mapping[str, Any], output: Path) -> Path | None:
-    """The folder of the pictures, all drawn; None on a rank that is not the first, once its share is.
+def draw(lines: Sequence[Mapping[str, Any]], options: Mapping[str, Any], output: Path) -> Path:
+    """Draws this rank's share of the pictures; the folder of all, which other ranks may still be at work on.
 
     lines: as requests_of gives them. options: of `python -m ldm.generate`, by the names of its arguments, for
     what lines leave open; None is left open. Raises ValueError for what cannot be, before anything is drawn.
@@ -52,9 +55,6 @@ def draw(lines: Sequence[Mapping[str, Any]], options: Mapping[str, Any], output:
     given = {name: value for name, value in options.items() if value is not None}
     usual = vars(make_parser().parse_args([]))
     draw_gallery(argparse.Namespace(**{**usual, **given, "prompts": str(requests), "output": str(folder)}))
-    if Rank.of_environment().number:
-        return None
-    wait_for([folder / f"{line['name']}.png" for line in lines])
     return folder
 
 
@@ -67,8 +67,8 @@ def wait_for(paths: Sequence[Path], patience: float = PATIENCE) -> None:
         lacks = left
         if time.monotonic() - since > patience:
             raise ValueError(
-                f"{len(lacks)} of {len(paths)} pictures are not there, the first {lacks[0]}: other ranks "
-                "were to draw them; run the command again, which draws only what lacks"
+                f"{len(lacks)} of {len(paths)} files are not there, the first {lacks[0]}: other ranks "
+                "were to make them; run the command again, which makes only what lacks"
             )
         time.sleep(0.2)
 
@@ -98,3 +98,12 @@ def drawn_how(made: Sequence[Recipe]) -> dict[str, Any]:
     common["seeds"] = f"{min(seeds)} to {max(seeds)}"
     common["prompts"] = len({recipe.prompt for recipe in made})
     return common
+
+
+def averaged(model: str | None) -> str:
+    """Which average of the weights a model's folder holds, as training noted; None: the bundled one."""
+    path = Path(os.path.expanduser(model)) if model else pipeline.BUNDLED
+    if not (path / TRAINED).is_file():
+        return "not told"
+    facts = read_json(path / TRAINED)
+    return f"{facts['ema']}, step {facts['step']}, as its {TRAINED} says"

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import Undrawn, model_hash
-from ldm.config import read_json
+from ldm.diffusion.noise import generator
+from ldm.files.checkpoint import Undrawn, model_hash
+from ldm.files.config import read_json
 from ldm.metrics.inception import SIDE, InceptionV3
 from ldm.metrics.weights import open_weights, sha256
-from ldm.noise import generator
 
 FID = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # pt_inception-2015-12-05
 IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # mean and deviation of [0, 255]: of DINOv2

@@ -15,10 +15,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ldm.pixels import IMAGE_SUFFIXES, UNREADABLE, open_checked, upright
+from ldm.drawing.pixels import IMAGE_SUFFIXES, UNREADABLE, open_checked, upright
 
 READERS = 4  # threads that decode and scale
 SHOWN = 10  # lines of what is wrong
+
+
+class Batch(NamedTuple):
+    """Some pictures, as a network sees them."""
+
+    pixels: Tensor  # (B, 3, side, side) float32 in [0, 255], or what else was made of each
+    digests: list[bytes]  # SHA-256 of their files
+    near: Tensor | None = None  # (B, 2) float64: squared error and SSIM of what an autoencoder gives back
 
 
 class Read(NamedTuple):
@@ -117,12 +125,19 @@ class Folder:
             image = centre(image, self.side)
         return Read(image, hashlib.sha256(data).digest())
 
-    def batches(
-        self, size: int, use: Callable[[Image.Image], Tensor]
-    ) -> Iterator[tuple[Tensor, list[bytes]]]:
-        """Batches of what `use` makes of the pictures, and the digests of their files.
+    def marks(self, places: range) -> list[str]:
+        """Of each picture its path, bytes and time, and how it is cut: another of that name has others."""
+        paths = [self.paths[place] for place in places]
+        states = [path.stat() for path in paths]
+        return [
+            f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {self.side}"
+            for path, state in zip(paths, states, strict=True)
+        ]
 
-        Raises ValueError at the end with all that could not be decoded.
+    def batches(self, places: range, size: int, use: Callable[[Image.Image], Tensor]) -> Iterator[Batch]:
+        """Batches of what `use` makes of the pictures at some places.
+
+        Raises ValueError at the end with all of these that could not be decoded.
         """
         wrong: dict[str, str] = {}
 
@@ -135,11 +150,10 @@ class Folder:
             return use(image), digest
 
         with ThreadPoolExecutor(READERS) as threads:
-            for start in range(0, len(self), size):
-                places = range(start, min(start + size, len(self)))
-                rows = [row for row in threads.map(one, places) if row is not None]
+            for start in range(0, len(places), size):
+                rows = [row for row in threads.map(one, places[start : start + size]) if row is not None]
                 if rows:
-                    yield torch.stack([row for row, _ in rows]), [digest for _, digest in rows]
+                    yield Batch(torch.stack([row for row, _ in rows]), [digest for _, digest in rows])
         refuse(self.folder, wrong, len(self))
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.noise import generator
+from ldm.diffusion.noise import generator
 
 ROWS = 1024  # of a table of all pairs that are in memory at once
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD (Jayasumana et al. 2024)

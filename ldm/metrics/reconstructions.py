@@ -10,18 +10,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from autoencoder.similarity import WINDOW, decibels, ssim
+from autoencoder.similarity import WINDOW, ssim
 from autoencoder.vae import AutoencoderKL
-from ldm.metrics.folders import Folder
-from ldm.outputs import to_pil
-from ldm.pixels import to_tensor
+from ldm.drawing.outputs import to_pil
+from ldm.drawing.pixels import to_tensor
+from ldm.metrics.folders import Batch, Folder
 
 
 class Reconstructions:
-    """Through the mean of the posterior; `psnr` and `ssim` are of all that were read by then."""
+    """Through the mean of the posterior, each alone: a picture does not depend on its mates."""
 
-    def __init__(self, vae: AutoencoderKL, folder: Folder) -> None:
-        """Raises ValueError for pictures that do not fit the autoencoder."""
+    def __init__(self, vae: AutoencoderKL, folder: Folder, name: str) -> None:
+        """name: of the autoencoder, such as its hash. Raises ValueError for pictures that do not fit it."""
         factor = vae.downsample_factor
         if any(side % factor for side in folder.size):
             width, height = folder.size
@@ -29,49 +29,37 @@ class Reconstructions:
                 f"{folder.folder} holds pictures of {width}x{height} pixels: the autoencoder takes multiples "
                 f"of {factor}; give --size PIXELS, a multiple of it"
             )
-        self.vae, self.folder = vae, folder
+        self.vae, self.folder, self.name = vae, folder, name
         self.size, self.formats = folder.size, folder.formats
-        self.error = self.alike = 0.0
-        self.count = 0
 
     def __len__(self) -> int:
         return len(self.folder)
 
-    @property
-    def psnr(self) -> float:
-        """dB, of the mean squared error over all pictures."""
-        return decibels(self.error / self.count)
-
-    @property
-    def ssim(self) -> float:
-        """The mean over the pictures; nan where they are smaller than its window."""
-        return self.alike / self.count
+    def marks(self, places: range) -> list[str]:
+        return [f"{mark} through {self.name}" for mark in self.folder.marks(places)]
 
     @torch.no_grad()
-    def batches(
-        self, size: int, use: Callable[[Image.Image], Tensor]
-    ) -> Iterator[tuple[Tensor, list[bytes]]]:
-        """Like Folder.batches: of the pictures that came back, with the digests of those that went in."""
-        self.error = self.alike = 0.0
-        self.count = 0
-        weights = next(self.vae.parameters())
-        for given, digests in self.folder.batches(size, to_tensor):
-            back = []
-            for image in given.split(1):  # one by one: a picture does not depend on its mates
-                latents = self.vae.to_latents(self.vae.encode(image.to(weights)).mean)
-                decoded = self.vae.decode(latents).float().clamp(-1, 1).cpu()
-                self.error += (decoded - image).square().mean().item()
-                fits = min(image.shape[2:]) >= WINDOW
-                self.alike += ssim(decoded, image).item() if fits else math.nan
-                self.count += 1
-                back.append(use(to_pil(decoded / 2 + 0.5)[0]))
-            yield torch.stack(back), digests
+    def back(self, image: Tensor) -> Tensor:
+        """(1, 3, H, W) in [-1, 1], on the CPU."""
+        latents = self.vae.to_latents(self.vae.encode(image.to(next(self.vae.parameters()))).mean)
+        return self.vae.decode(latents).float().clamp(-1, 1).cpu()
+
+    def batches(self, places: range, size: int, use: Callable[[Image.Image], Tensor]) -> Iterator[Batch]:
+        """Like Folder.batches: of the pictures that came back, with the digests of those that went in.
+
+        The SSIM of pictures that are smaller than its window is nan.
+        """
+        for given, digests, _ in self.folder.batches(places, size, to_tensor):
+            back = [self.back(image) for image in given.split(1)]
+            fits = min(given.shape[2:]) >= WINDOW
+            near = [
+                ((decoded - image).square().mean().item(), ssim(decoded, image).item() if fits else math.nan)
+                for decoded, image in zip(back, given.split(1), strict=True)
+            ]
+            pixels = torch.stack([use(to_pil(decoded / 2 + 0.5)[0]) for decoded in back])
+            yield Batch(pixels, digests, torch.tensor(near, dtype=torch.float64))
 
     def pair(self, place: int) -> list[Image.Image]:
         """A picture and what comes back of it."""
         image = self.folder.read(place).image
-        weights = next(self.vae.parameters())
-        with torch.no_grad():
-            latents = self.vae.encode(to_tensor(image)[None].to(weights)).mean
-            back = self.vae.decode(self.vae.to_latents(latents)).float().clamp(-1, 1).cpu()
-        return [Image.fromarray(np.asarray(image)), to_pil(back / 2 + 0.5)[0]]
+        return [Image.fromarray(np.asarray(image)), to_pil(self.back(to_tensor(image)[None]) / 2 + 0.5)[0]]

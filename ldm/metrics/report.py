@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from ldm.config import replacing, write_json
+from ldm.files.config import replacing, write_json
 from ldm.metrics.collection import Collection
 from ldm.metrics.extractors import Extractor, label
 from ldm.metrics.folders import Folder
@@ -19,14 +20,15 @@ from ldm.metrics.kernels import cmmd, kid
 from ldm.metrics.manifolds import K_DENSITY, K_PRECISION, cover
 from ldm.metrics.moments import frechet_distance
 from ldm.metrics.scores import SPLITS, inception_score
-from ldm.picture import grid, save_picture
+from ldm.recipes.picture import grid, save_picture
 
 log = logging.getLogger(__name__)
 
 SUBSETS = 100  # of KID (Binkowski et al. 2018, section 4)
 SHEET = 64  # pictures of the contact sheet
+CELL, LINE = 168, 13  # pixels: the width of a picture with a caption, and the height of a line
 # of whom more is better; of the others less
-MORE = ("precision", "recall", "density", "coverage", "IS", "CLIP score", "PSNR", "SSIM")
+MORE = ("precision", "recall", "density", "coverage", "IS", "CLIP score", "PSNR", "SSIM", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -104,41 +106,59 @@ def contact_sheet(pictures: Folder, path: Path) -> None:
     save_picture(page(shown), path, overwrite=True)
 
 
-def page(images: Sequence[Image.Image], columns: int | None = None, side: int = 128) -> Image.Image:
-    """Pictures in rows, large ones scaled to fit into side x side pixels."""
+def page(
+    images: Sequence[Image.Image],
+    columns: int | None = None,
+    side: int = 128,
+    captions: Sequence[str] | None = None,
+) -> Image.Image:
+    """Pictures in rows, large ones scaled to fit into side x side pixels, each above its caption."""
     small = []
     for image in images:
         image = image.copy()
         image.thumbnail((side, side))
         small.append(image)
     width, height = (max(image.size[axis] for image in small) for axis in (0, 1))
+    texts = [[] for _ in small] if captions is None else [lines_of(text) for text in captions]
+    if captions is not None:
+        width = max(width, CELL)
+    below = LINE * max(map(len, texts))
     framed = []
-    for image in small:
-        cell = Image.new("RGB", (width, height), "white")
+    for image, lines in zip(small, texts, strict=True):
+        cell = Image.new("RGB", (width, height + below), "white")
         cell.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+        ImageDraw.Draw(cell).multiline_text((0, height + 2), "\n".join(lines), "black", spacing=1)
         framed.append(cell)
     return grid(framed, columns)
 
 
+def lines_of(text: str) -> list[str]:
+    """A caption in lines that fit below a picture."""
+    return [part for line in text.split("\n") for part in textwrap.wrap(line, CELL // 6)]
+
+
 def write_report(
-    folder: Path, figures: Sequence[Figure], protocol: Mapping[str, Any], notes: Sequence[str]
+    folder: Path, figures: Sequence[Figure], protocol: Mapping[str, Any], told: Sequence[str]
 ) -> Path:
-    """Writes figures.json, every figure with its whole protocol, and report.md, which is read; its path."""
+    """Writes figures.json, every figure with its whole protocol, and report.md, which is read; its path.
+
+    told: the lines of the report above its protocol, in Markdown.
+    """
     numbers = [
         {"name": each.name, "value": each.value, "std": each.std, "protocol": each.protocol}
         for each in figures
         if math.isfinite(each.value)
     ]
     write_json(folder / "figures.json", {"figures": numbers})
-    lines = ["# Evaluation", "", table(figures), "", *notes, "", "## Protocol", ""]
+    lines = ["# Evaluation", "", *told, "", "## Protocol", ""]
     lines += [f"- {name}: {value}" for name, value in flat(protocol)]
     seen: list[Any] = []
     for each in figures:
         for part in ("pictures", "reference"):
-            told = each.protocol.get(part)
-            if isinstance(told, Mapping) and told not in seen:
-                seen.append(told)
-                lines.append(f"- {part}: " + ", ".join(f"{name} {value}" for name, value in told.items()))
+            stamp = each.protocol.get(part)
+            if isinstance(stamp, Mapping) and stamp not in seen:
+                seen.append(stamp)
+                lines.append(f"- {part}: " + ", ".join(f"{name} {value}" for name, value in stamp.items()))
     lines += ["", "Every figure with its own protocol is in figures.json.", ""]
     lines += [f"![pictures]({path.name})" for path in [folder / "sheet.png"] if path.is_file()]
     with replacing(folder / "report.md") as temporary:

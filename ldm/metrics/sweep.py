@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ldm.arguments import DTYPES
-from ldm.config import replacing, write_json
-from ldm.gallery import Rank
-from ldm.loading import find_device, load
+from ldm.command.arguments import DTYPES
+from ldm.command.gallery import Rank
+from ldm.command.loading import find_device, load
+from ldm.files.config import replacing, write_json
 from ldm.metrics.arguments import drawing_options, reference_options
 from ldm.metrics.collection import check_alike, collect, reference
-from ldm.metrics.drawing import draw, drawn_how, recipes, requests_of
-from ldm.metrics.extractors import Extractor
+from ldm.metrics.drawing import averaged, draw, drawn_how, recipes, requests_of, wait_for
 from ldm.metrics.folders import Folder
-from ldm.metrics.measurement import find_extractors, output_folder
-from ldm.metrics.plot import plot
-from ldm.metrics.probes import Probes
+from ldm.metrics.measurement import FEATURES, find_extractors, help_out, output_folder
+from ldm.metrics.plot import logarithmic, plot
+from ldm.metrics.probes import EXACT, Probe, Probes
 from ldm.metrics.report import compare
+from ldm.recipes.options import MAX_STEPS
 
 SHOWN = ("FD", "FID", "CMMD", "precision", "recall")  # of the figures, in the table; all are in sweep.json
+
+BESIDE = "diffusers"  # the columns of what is measured beside begin with it
+ACROSS = {"calls": "UNet calls a picture", "seconds": "seconds a picture"}
 
 Row = dict[str, Any]
 
@@ -35,43 +39,52 @@ def title(setting: Mapping[str, Any]) -> str:
 
 
 def sweep(args: argparse.Namespace, settings: Sequence[Mapping[str, Any]]) -> Path | None:
-    """Draws, measures and writes: the path of the report; None on ranks that only draw.
+    """Draws, measures and writes: the path of the report; None on ranks that only help.
 
     settings: by Recipe's names. Raises ValueError for what cannot be.
     """
     output = output_folder(args)
     lines = requests_of(args.prompts, args.count, args.seed)
-    drawn: Path | None = None
-    extractors: list[Extractor] = []
-    if args.reference:
-        extractors = find_extractors(args)
-        asked = [
-            {**line, **setting, "name": f"{title(setting)}-{line['name']}"}
-            for setting in settings
-            for line in lines
-        ]
-        left = drawing_options(args)
-        del left["steps"]  # a list here
-        drawn = draw(asked, left, output)
+    extractors = find_extractors(args) if args.reference else []
+    sets = drawn_sets(args, settings, lines, output) if args.reference else []
     if Rank.of_environment().number:
+        help_out(args, extractors, sets)
         return None
     rows: list[Row] = [dict(setting) for setting in settings]
+    ema = args.ema or averaged(args.model)
+    protocol: dict[str, Any] = {"ema": ema}
     if args.probes:
-        add_probes(args, rows, settings, lines, output)
-    protocol: dict[str, Any] = {"probes": args.probes, "ema": args.ema}
-    for extractor in extractors if drawn else []:
-        assert drawn is not None
-        real = reference(args.reference, extractor, **reference_options(args))
-        for row, setting in zip(rows, settings, strict=True):
-            names = [f"{title(setting)}-{line['name']}.png" for line in lines]
-            pictures = Folder(drawn, names=names, side=args.size)
-            fake = collect(pictures, extractor, keep=args.keep, title=title(setting))
+        protocol |= add_probes(args, rows, settings, lines, output)
+    for extractor in extractors:
+        kept = output / FEATURES
+        real = reference(args.reference, extractor, **reference_options(args), kept=kept)
+        for row, setting, pictures in zip(rows, settings, sets, strict=True):
+            fake = collect(pictures, extractor, keep=args.keep, title=title(setting), kept=kept)
             check_alike(fake, real, "the reference")
             made = recipes(pictures)
-            how = {"drawn": drawn_how(made) if made else None, "ema": args.ema}
+            how = {"drawn": drawn_how(made) if made else None, "ema": ema}
             row |= {each.name: each.value for each in compare(extractor, fake, real, how)}
         protocol[extractor.name] = real.stamp
     return write_sweep(output, rows, protocol)
+
+
+def drawn_sets(
+    args: argparse.Namespace,
+    settings: Sequence[Mapping[str, Any]],
+    lines: Sequence[Mapping[str, Any]],
+    output: Path,
+) -> list[Folder]:
+    """The pictures of every setting, drawn by all ranks."""
+    asked = [
+        [{**line, **setting, "name": f"{title(setting)}-{line['name']}"} for line in lines]
+        for setting in settings
+    ]
+    left = drawing_options(args)
+    del left["steps"]  # a list here
+    drawn = draw([line for each in asked for line in each], left, output)
+    names = [[f"{line['name']}.png" for line in each] for each in asked]
+    wait_for([drawn / name for each in names for name in each])
+    return [Folder(drawn, names=each, side=args.size) for each in names]
 
 
 def add_probes(
@@ -80,41 +93,64 @@ def add_probes(
     settings: Sequence[Mapping[str, Any]],
     lines: Sequence[Mapping[str, Any]],
     output: Path,
-) -> None:
-    """Calls, seconds and errors of every setting, into its row."""
+) -> dict[str, Any]:
+    """Calls, seconds and errors of every setting, into its row; what they were measured with."""
     pipe, facts = load(vars(args), find_device(args.device), DTYPES.get(args.dtype), fetch=True)
-    probes = Probes(pipe, facts, lines[: args.probes], drawing_options(args), output / "solutions")
+    shown, options = lines[: args.probes], drawing_options(args)
+    probes = Probes(pipe, facts, shown, options, output / "solutions", args.beside)
     for row, setting in zip(rows, settings, strict=True):
         row |= probes(setting)._asdict()
+        if args.beside:
+            row |= {f"{BESIDE} {name}": value for name, value in probes.beside(setting)._asdict().items()}
+    seeds = [line["seed"] for line in shown]
+    told = {"pictures": len(shown), "seeds": seeds, "exact": f"{EXACT}, {MAX_STEPS} steps", **probes.shared}
+    if args.beside:
+        told[BESIDE] = version(BESIDE)
+    return {"probes": {**told, **facts}}
 
 
 def write_sweep(output: Path, rows: Sequence[Row], protocol: Mapping[str, Any]) -> Path:
     """Writes sweep.json, plots, and report.md, which is read; its path."""
     write_json(output / "sweep.json", {"protocol": protocol, "settings": rows})
     names = list(dict.fromkeys(name for row in rows for name in row))
-    told = [name for name in names if (name in rows[0] and not is_figure(name)) or name.startswith(SHOWN)]
+    told = [name for name in names if not is_figure(name) or name.startswith(SHOWN)]
     lines = ["# Sweep", "", f"| {' | '.join(told)} |", "|" + "---|" * len(told)]
     lines += [f"| {' | '.join(cell(row.get(name)) for name in told)} |" for row in rows]
     lines += ["", "Every figure, and what the reference is, stands in sweep.json.", ""]
+    if f"{BESIDE} calls" in names:
+        lines += [
+            f"{BESIDE}: the same weights, texts and first noise, drawn by it, against our solution.",
+            "",
+        ]
     wanted = [name for name in names if name.startswith(("FD", "FID", "CMMD"))]
-    pairs = [(x, y) for y in wanted for x in ("calls", "seconds")] + [("calls", "error")]
+    pairs = [(x, y) for y in wanted for x in ("calls", "seconds")]
+    pairs += [("calls", "error"), ("seconds", "error")]
     for x, y in pairs:
-        series: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
-            if row.get(x) and row.get(y):
-                without: Row = {name: row[name] for name in ("sampler", "guidance_scale") if name in row}
-                series.setdefault(title(without) or "the model's own", []).append((row[x], row[y]))
-        if series:
+        ours, theirs = curves(rows, x, y), curves(rows, f"{BESIDE} {x}", f"{BESIDE} {y}")
+        if ours:
             path = output / f"{y}-by-{x}.png"
-            plot(series, {"calls": "UNet calls a picture", "seconds": "seconds a picture"}[x], y, path)
+            plot(ours, logarithmic(ACROSS[x]), logarithmic(y), path, theirs, BESIDE)
             lines.append(f"![{y} by {x}]({path.name})")
     with replacing(output / "report.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return output / "report.md"
 
 
+def curves(rows: Sequence[Row], x: str, y: str) -> dict[str, list[tuple[float, float]]]:
+    """Points of the columns x and y, by all of a setting but its steps."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.get(x) and row.get(y):
+            without: Row = {name: row[name] for name in ("sampler", "guidance_scale") if name in row}
+            found.setdefault(title(without) or "the model's own", []).append((row[x], row[y]))
+    return found
+
+
 def is_figure(name: str) -> bool:
-    return name not in ("sampler", "steps", "guidance_scale", "calls", "seconds", "error")
+    return name.removeprefix(f"{BESIDE} ") not in (
+        *("sampler", "steps", "guidance_scale"),
+        *Probe._fields,
+    )
 
 
 def cell(value: Any) -> str:

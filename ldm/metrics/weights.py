@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import read_tensors
+from ldm.files.checkpoint import read_tensors
 
 
 def open_weights(path: str) -> dict[str, Tensor]:

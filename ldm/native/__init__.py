@@ -1,5 +1,6 @@
-"""Kernels for CPUs, in C++: float32, and attention in bfloat16, for inference. `ldm.optimize` puts them into
-models.
+"""Kernels for CPUs, in C++: float32, and attention in bfloat16, for inference.
+
+`ldm.drawing.optimize` puts them into models.
 
 They answer as torch's do but for rounding, and the same whatever the number of threads.
 """

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageOps
 
-from ldm.noise import generator
+from ldm.diffusion.noise import generator
 
 LEAST_AREA = 0.8  # of size², of a bucket
 

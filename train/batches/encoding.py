@@ -22,9 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import load_model
-from ldm.config import read_json, replacing, write_json
-from ldm.optimize import try_kernels
+from ldm.drawing.optimize import try_kernels
+from ldm.files.checkpoint import load_model
+from ldm.files.config import read_json, replacing, write_json
 from train.batches.buckets import Size, crop_corner, frame, views
 from train.batches.latents import CacheKey, Latents, Shard, read_header, read_latents
 from train.data.captions import Captions
@@ -107,6 +107,7 @@ def compute_latents(
         list_rejected(folder / "rejected.jsonl", {**source.rejected, **rejected})
     tell_rejected(data.source, rejected, len(rejected) + len(latents), data.max_bad_fraction)
     latents.contents = source.contents
+    latents.classify(source.labels)
     return latents
 
 

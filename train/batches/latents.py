@@ -21,6 +21,7 @@ from torch import Tensor
 from train.batches.buckets import Size
 from train.batches.plan import Draw, choose, normal, uniform
 from train.data.captions import Captions, chances, every
+from train.data.labels import Labels
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Latents:
         """captions: by index. chances: of each of them, added up to 1; None: all of a picture are alike."""
         self.buckets, self.key = buckets, key
         self.captions, self.chances = dict(sorted(captions.items())), chances
+        self.classes: tuple[str, ...] = ()  # their names, where the pictures have labels
+        self.labels: dict[int, int] = {}  # the number of each picture's class, in the order of the captions
         self.contents: Callable[[], dict[str, str]] = dict  # of the source: a hash of each picture, by name
         self.places = {
             index: (number, row)
@@ -114,6 +117,20 @@ class Latents:
             "" if lost < dropout else self.caption(draw.index, which)
             for draw, which, lost in zip(draws, choice, drop, strict=True)
         ]
+
+    def classify(self, labels: Labels | None) -> None:
+        """Takes over the classes of the source, where it has some."""
+        if labels is not None:
+            self.classes, self.labels = labels.names, {index: labels.number(index) for index in self.captions}
+
+    def choose_labels(self, draws: list[Draw], dropout: float = 0.0) -> Tensor:
+        """The class of each sample, (B,) int64; where choose_captions gives the empty prompt, none.
+
+        That is the number after the last class. Both go together, as guidance leaves out both.
+        """
+        lost = uniform(draws, "drop") < dropout
+        labels = torch.tensor([self.labels[draw.index] for draw in draws])
+        return labels.masked_fill(lost, len(self.classes))
 
     def caption(self, index: int, which: float) -> str:
         """The caption of a picture that `which`, from 0 to below 1, falls on."""

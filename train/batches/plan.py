@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.noise import generator, key
+from ldm.diffusion.noise import generator, key
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,10 @@ class Plan:
         if not length:
             raise ValueError("the data holds no sample: nothing to train on")
         if self.held_out >= length:
-            raise ValueError(f"validation_samples={self.held_out} of {length} samples leave none to train on")
+            raise ValueError(
+                f"validation_samples={self.held_out} of {length} samples leave none to train on: lower it, "
+                "or give more samples"
+            )
         trained, validation = hold_out(self.buckets, self.held_out)
         object.__setattr__(self, "trained", trained)
         object.__setattr__(self, "validation", validation)

@@ -11,7 +11,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from ldm.pixels import IMAGE_SUFFIXES, UNREADABLE, open_checked, to_tensor, upright
+from ldm.drawing.pixels import IMAGE_SUFFIXES, UNREADABLE, open_checked, to_tensor, upright
 from train.batches.buckets import Size
 
 # where most of this package takes them from

@@ -308,7 +308,8 @@ class SceneSource:
                 raise ValueError(f"subjects: {name!r} is none of the {style}: use some of {known}")
         self.font = str(find_font(font)) if style == "pictograms" else None
         sprite(subjects[0], None, self.font)  # a font that cannot be used is found out now
-        self.seed, self.size, self.subjects, self.split = seed, size, tuple(subjects), split
+        self.style, self.seed, self.size = style, seed, size
+        self.subjects, self.split = tuple(subjects), split
         self.describe(0)  # so is a split that these subjects leave empty
 
     def describe(self, index: int) -> Scene:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ldm.config import replacing
+from ldm.files.config import replacing
 from train.batches.buckets import Size
 from train.data.source import Source
 

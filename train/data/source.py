@@ -9,6 +9,7 @@ from PIL import Image
 
 from train.batches.buckets import Size
 from train.data.captions import Captions
+from train.data.labels import Labels
 from train.data.pictures import printable
 
 SHOWN = 10  # names of each kind of change
@@ -19,6 +20,7 @@ class Source(Protocol):
 
     description: str
     rejected: dict[str, str]  # what cannot be used and is left out, and why
+    labels: Labels | None  # the classes of the pictures, where data.label asks for them
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> tuple[Image.Image, Captions]: ...

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from PIL import Image
 
 from train.batches.buckets import Buckets, Size, bucket_sizes, sort_into_buckets
-from train.data.captions import Captions, captions_of, plain, read_captions, tell_kinds, uncaptioned
+from train.data.captions import READERS, Captions, captions_of, plain, read_captions, tell_kinds, uncaptioned
+from train.data.labels import FOLDER, Labels, in_subfolders, of_folder, of_scenes, of_table
 from train.data.pictures import UNREADABLE, opacity, open_checked, tell_rejected, upright, upright_size
 from train.data.scenes import SceneSource
 from train.data.sizes import find_sizes
@@ -46,6 +47,7 @@ class DataConfig:
     captions: dict[str, float] | None = (
         None  # several such columns and their weights, as {long: 95, short: 5}
     )
+    label: str | None = None  # class of a picture: subject (of scenes), folder (its subfolder), or a column
     caption: str | None = None  # of every picture, as "a photo of sks dog"; null: what the data says
     dataset_split: str = "train"  # of a dataset
     max_bad_fraction: float = 0.01  # of the pictures that may be unreadable and are left out
@@ -111,13 +113,19 @@ def find_source(config: DataConfig) -> Source:
     if config.source in STYLES:
         return Scenes(config)
     tars = (config.source, config.kinds, config.max_bad_fraction)
-    if config.source.endswith(".tar"):
-        return Tars(*tars)
-    path = Path(config.source)
+    path, in_tars = Path(config.source), config.source.endswith(".tar")
     if path.is_dir() and not any(
         (path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")
     ):
-        return Tars(*tars) if holds_only_tars(path) else ImageFolder(path, config)
+        in_tars = holds_only_tars(path)
+        if not in_tars:
+            return ImageFolder(path, config)
+    if in_tars:
+        if config.label is not None:
+            raise ValueError(
+                f"data.label={config.label!r}: pictures in tars have no labels here, leave it out"
+            )
+        return Tars(*tars)
     if not path.exists() and (path.is_absolute() or config.source.startswith(".")):
         raise ValueError(
             f"no such folder {config.source}; data.source is {', '.join(STYLES)}, a folder or a dataset"
@@ -130,7 +138,7 @@ class OneCaption:
 
     def __init__(self, source: Source, config: DataConfig) -> None:
         self.source, self.rejected, self.mask = source, source.rejected, source.mask
-        self.size, self.contents = source.size, source.contents
+        self.size, self.contents, self.labels = source.size, source.contents, source.labels
         self.captions = {config.kinds[0]: [config.caption or ""]}
         self.description = f"{source.description}, all captioned {config.caption!r}"
 
@@ -155,6 +163,7 @@ class Scenes:
             config.split,
         )
         self.length, self.kind = config.length, config.caption_column
+        self.labels = None if config.label is None else of_scenes(self.scenes, config.label)
         self.rejected: dict[str, str] = {}
         self.description = (
             f"{config.source} scenes, seed {config.scene_seed}, {config.size} px, {config.split}, "
@@ -178,6 +187,16 @@ class Scenes:
         return {}  # `description` says all
 
 
+def captions_in(folder: Path, config: DataConfig) -> dict[str, Captions]:
+    """The captions of the pictures in a folder, by their names; none where all get that of the recipe."""
+    listed = any((folder / name).exists() for name in READERS)
+    if config.label == FOLDER and not listed:
+        return in_subfolders(folder, config.kinds[0])
+    if config.caption is None or (config.label is not None and listed):
+        return read_captions(folder, config.kinds)
+    return uncaptioned(folder)
+
+
 class ImageFolder:
     """Pictures in a folder with captions in metadata.jsonl, .csv or .parquet, or a .txt beside each picture.
 
@@ -186,7 +205,7 @@ class ImageFolder:
 
     def __init__(self, folder: Path, config: DataConfig) -> None:
         self.folder = folder
-        captions = read_captions(folder, config.kinds) if config.caption is None else uncaptioned(folder)
+        captions = captions_in(folder, config)
         self.rejected: dict[str, str] = {}  # name -> why
         self.entries: list[tuple[str, Captions]] = []
         self.sizes: list[Size] = []
@@ -198,10 +217,15 @@ class ImageFolder:
             except UNREADABLE as error:
                 self.rejected[name] = str(error)
         tell_rejected(str(folder), self.rejected, len(captions), config.max_bad_fraction)
+        self.labels: Labels | None = None
+        if config.label is not None:
+            self.labels = of_folder(folder, config.label, [name for name, _ in self.entries])
         digest = hashlib.sha256()
         self.digests: list[str] = []  # of each entry
-        for name, texts in self.entries:
-            content = [name, (folder / name).stat().st_size, plain(texts, config.kinds)]
+        for index, (name, texts) in enumerate(self.entries):
+            content: list[Any] = [name, (folder / name).stat().st_size, plain(texts, config.kinds)]
+            if self.labels is not None:
+                content.append(self.labels.names[self.labels.number(index)])
             told = json.dumps(content, sort_keys=True).encode()
             digest.update(told)
             self.digests.append(hashlib.sha256(told).hexdigest()[:16])
@@ -271,6 +295,7 @@ class HubDataset:
         if not len(table):
             raise ValueError(f"{config.source} {config.dataset_split} has no rows")
         self.table, self.config = table, config
+        self.labels = None if config.label is None else of_table(table, config.label)
         self.rejected: dict[str, str] = {}
         self.files = table.cast_column(config.image_column, datasets.Image(decode=False))
         self.description = f"{config.source} {config.dataset_split}, {config.size} px, {table._fingerprint}"

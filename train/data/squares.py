@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from train.batches.buckets import Size, View, frame
+from train.data.captions import Captions
 from train.data.pictures import tell_rejected, to_tensor
 from train.data.source import Source
 from train.data.sources import DataConfig, open_source
@@ -29,11 +30,16 @@ class Squares:
 
         Raises ValueError if too many cannot.
         """
+        return self.captioned(index, view)[0]
+
+    def captioned(self, index: int, view: View = View()) -> tuple[Tensor, Captions]:  # noqa: B008
+        """The same with its captions."""
         size = Size(self.data.size, self.data.size)
         while True:
             if index not in self.unreadable:
                 try:
-                    return to_tensor(frame(self.source[index][0], size, view))
+                    picture, captions = self.source[index]
+                    return to_tensor(frame(picture, size, view)), captions
                 except ValueError as error:
                     self.unreadable[index] = str(error)
                     named = {f"picture {one}": why for one, why in self.unreadable.items()}

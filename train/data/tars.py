@@ -25,9 +25,10 @@ import fsspec
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.config import replacing
+from ldm.files.config import replacing
 from train.batches.buckets import Size
 from train.data.captions import Captions, captions_of, clean_captions, plain, tell_kinds, text_kind
+from train.data.labels import Labels
 from train.data.pictures import (
     IMAGE_SUFFIXES,
     UNREADABLE,
@@ -71,6 +72,7 @@ class Tars:
         paths = find_tars(source)
         many = len(paths) > 1 and sys.stderr.isatty()
         bar = tqdm(paths, unit="tar", desc="reading where samples lie", disable=not many)
+        self.labels: Labels | None = None
         self.indices = [index_of(path, kinds) for path in bar]
         self.rejected = {
             f"{index.path}: {name}": why for index in self.indices for name, why in index.rejected.items()

@@ -21,8 +21,8 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
-from ldm.noise import key
-from ldm.pipeline import default_dtype
+from ldm.diffusion.noise import key
+from ldm.drawing.devices import default_dtype
 from train.batches.plan import Plan
 from train.batches.readahead import ReadAhead
 from train.command import RunFailed

@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
-from ldm.checkpoint import load_model, save_model
+from ldm.files.checkpoint import load_model, save_model
 from train.batches.latents import Bucket, CacheKey, Latents, autoencoder_folder
 from train.batches.plan import Plan
 from train.batches.readahead import ReadAhead
@@ -204,4 +204,6 @@ def made_up(data: DataConfig, model: AutoencoderKLConfig) -> Latents:
         except ValueError:  # a picture that cannot be decoded is for the run itself to tell of
             captions[index] = [""]
     key = CacheKey("", "made up", model.latent_channels, factor, [[data.size, data.size, count]], 1, False)
-    return Latents([bucket], captions, key)
+    latents = Latents([bucket], captions, key)
+    latents.classify(source.labels)
+    return latents

@@ -23,8 +23,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.config import read_json, replacing, write_json
-from ldm.picture import save_picture
+from ldm.files.config import read_json, replacing, write_json
+from ldm.formats.parts import TRAINED
+from ldm.recipes.picture import save_picture
 from train.config import to_yaml
 
 log = logging.getLogger(__name__)
@@ -182,7 +183,12 @@ class Record:
         return int(read_json(path).get("step", -1)) if path.exists() and self.model.is_dir() else -1
 
     def mark_exported(self, step: int) -> None:
+        """Note that the model of this step is whole and, in a pipeline's folder, which average it is."""
         if self.accelerator.is_main_process:
+            decay = self.config.ema_decay
+            average = f"average of decay {decay:g}" if decay else "no average, the last weights"
+            if (self.model / "model_index.json").is_file():
+                write_json(self.model / TRAINED, {"step": step, "ema": average})
             write_json(self.folder / "exported.json", {"step": step})
 
     def say(self, text: str) -> None:

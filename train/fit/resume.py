@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ldm.config import replacing
+from ldm.files.config import replacing
 from train.config import to_mapping
 from train.data.source import changed_pictures
 from train.fit.checkpoint import Checkpoint, find_checkpoint

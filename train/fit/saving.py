@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ldm.config import replacing
+from ldm.files.config import replacing
 from train.command import RunFailed
 from train.fit.checkpoint import clean, save_checkpoint
 from train.fit.record import Record

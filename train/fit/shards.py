@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from autoencoder.layers import AttentionBlock, ResnetBlock
-from ldm.attention import SpatialTransformer
+from ldm.model.attention import SpatialTransformer
 from text_encoder.clip import Layer
 
 if TYPE_CHECKING:

@@ -19,27 +19,33 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 
-from ldm.checkpoint import model_hash
-from ldm.config import read_json, replacing, write_json
-from ldm.picture import save_picture
+from ldm.files.checkpoint import model_hash
+from ldm.files.config import read_json, replacing, write_json
+from ldm.formats.stock import MODELS
+from ldm.metrics.judges import open_judge, read_asked
+from ldm.metrics.losses import TIMESTEP
+from ldm.metrics.plot import linear, logarithmic, plot
+from ldm.metrics.scenes import judged_itself, sit
+from ldm.metrics.scenes import table as shares_table
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.stock import MODELS
+from ldm.recipes.picture import save_picture
+from ldm.recipes.requests import Request
 from train.batches.encoding import compute_latents
 from train.batches.latents import Latents
 from train.batches.plan import hold_out, spread
 from train.config import is_recipe, read_recipe, to_mapping
-from train.data.pictures import grid
-from train.data.scenes import SceneSource, Split
+from train.data.pictures import grid, to_tensor
+from train.data.scenes import Split
 from train.data.sources import STYLES, DataConfig, open_source
 from train.data.squares import Squares
 from train.fit.loop import cpu_only
 from train.fit.record import minutes
 from train.measure.fidelity import before_and_after
 from train.measure.fidelity import judge as fidelity_of
-from train.measure.judge import SEED_TEST, Verdict, judge_scenes
+from train.measure.judge import SEED_TEST, book_of, kept_judge
 from train.stages import Passed, autoencoder_of, cache_of
 from train.tasks.autoencoding import AutoencoderRecipe
-from train.tasks.diffusion import DiffusionRecipe, validation_losses
+from train.tasks.diffusion import DiffusionRecipe, in_turn, validation_losses
 
 log = logging.getLogger(__name__)
 SHOWN = 8  # pictures in a row
@@ -133,17 +139,18 @@ def measure(
     chosen = set(sample.indices)
     buckets = [[index for index in bucket.indices if index in chosen] for bucket in latents.buckets]
     losses = validation_losses(pipe, latents, buckets)
+    levels = [(float(level), loss) for level, loss in by_level(losses).items()]
+    plot({"loss": levels}, linear(TIMESTEP), logarithmic("loss"), folder / "losses.png")
     captions = [latents.captions[index][0] for index in sample.indices]
     prompts = list(recipe.prompts) or [captions[place] for place in spread(len(captions), SHOWN)]
     size = recipe.data.size
-    images = pipe(prompts, height=size, width=size, seed=0, return_dict=False)[0]
+    labels = in_turn(pipe, len(prompts))
+    images = pipe(prompts, height=size, width=size, seed=0, class_labels=labels, return_dict=False)[0]
     save_picture(grid(images, columns=min(len(images), SHOWN)), folder / "prompts.png", overwrite=True)
     verdict = ""
     scenes = recipe.data.source in STYLES and unseen_data(recipe.data, 1).split == "held_out"
     if scenes and config.captions:
-        judged = judge(pipe, recipe.data, config, folder)
-        save_picture(grid(judged.pictures[:64], columns=16), folder / "judged.png", overwrite=True)
-        verdict = str(judged)
+        verdict = judge(pipe, recipe.data, config, folder)
     near = {name: value for name, value in fidelity.numbers().items() if name in ("psnr", "ssim")}
     return Figures(near, seen.what, losses, sample.what, prompts, verdict)
 
@@ -197,18 +204,30 @@ def choose(members: Sequence[int], held_out: int, count: int) -> Sample:
     return Sample(indices, f"{len(indices)} pictures {seen}")
 
 
-def judge(pipe: LatentDiffusionPipeline, data: DataConfig, config: EvaluationConfig, folder: Path) -> Verdict:
-    """The judge of scenes on what the pipeline draws."""
-
-    def book(seed: int, split: Split) -> SceneSource:
-        return SceneSource(seed, data.size, data.source, data.subjects, data.font, split)  # type: ignore[arg-type]
-
-    captions, scenes, tested = config.captions, config.scenes, config.pictures
-    return judge_scenes(pipe, book, folder, captions=captions, scenes=scenes, tested=tested)
+def judge(pipe: LatentDiffusionPipeline, data: DataConfig, config: EvaluationConfig, folder: Path) -> str:
+    """What a judge of scenes says of pictures of held-out combinations: a table. Draws judged.png."""
+    home = kept_judge(
+        folder / "judge", book_of(data), scenes=config.scenes, asked=config.captions, tested=config.pictures
+    )
+    said, asked = open_judge(home), read_asked(home, "held_out")
+    requests = [
+        Request(prompt=each.prompt, seed=seed, width=data.size, height=data.size)
+        for seed, each in enumerate(asked)
+    ]
+    images = [image for _, image in pipe.each(requests)]
+    save_picture(grid(images[:64], columns=16), folder / "judged.png", overwrite=True)
+    sitting = sit(said, torch.stack([to_tensor(image) for image in images]), asked)
+    rows = judged_itself(home, said, pipe.vae)
+    return shares_table({**rows, f"model, on {len(asked):,} captions": sitting.shares})
 
 
 def summary(figures: Figures) -> str:
     return f"PSNR {figures.fidelity['psnr']:.2f} dB, loss {figures.losses['loss']:.4f}"
+
+
+def by_level(losses: Mapping[str, float]) -> dict[str, float]:
+    """Of the losses those at a timestep, by it."""
+    return {key.removeprefix("loss_t"): loss for key, loss in losses.items() if key.startswith("loss_t")}
 
 
 def markdown(name: str, stages: Sequence[Passed], figures: Figures) -> str:
@@ -217,13 +236,11 @@ def markdown(name: str, stages: Sequence[Passed], figures: Figures) -> str:
         f"| {stage.name} | {stage.what} | {'' if stage.seconds is None else minutes(stage.seconds)} |"
         for stage in stages
     )
-    by_level = {
-        key.removeprefix("loss_t"): loss for key, loss in figures.losses.items() if key.startswith("loss_t")
-    }
+    levels = by_level(figures.losses)
     by_size = {
         key.removeprefix("loss_"): loss
         for key, loss in figures.losses.items()
-        if key not in ("loss", *(f"loss_t{level}" for level in by_level))
+        if key not in ("loss", *(f"loss_t{level}" for level in levels))
     }
     names = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}"}
     near = ", ".join(names[name].format(value) for name, value in figures.fidelity.items())
@@ -236,7 +253,8 @@ def markdown(name: str, stages: Sequence[Passed], figures: Figures) -> str:
         "![pictures, and below what the autoencoder makes of them](evaluation/reconstruction.png)",
         f"UNet, on {figures.losses_on}: mean squared error {figures.losses['loss']:.4f} of what it predicts, "
         "without weights, with one fixed noise a picture; by timestep, 0 being the cleanest:",
-        table(by_level),
+        table(levels),
+        "![loss by timestep](evaluation/losses.png)",
         *([table(by_size)] if by_size else []),
         *(
             ["Does it draw what it is asked? On held-out combinations:", figures.verdict]

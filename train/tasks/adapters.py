@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.adapters import deltas
-from ldm.noise import generator
+from ldm.diffusion.noise import generator
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of the UNet; ends of names
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv")  # of its resnets and of what changes the size

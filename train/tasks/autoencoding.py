@@ -17,8 +17,8 @@ from autoencoder.discriminator import AdversaryConfig
 from autoencoder.equivariance import shrink, shrunk_sides, turn
 from autoencoder.loss import ReconstructionConfig
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
-from ldm.checkpoint import empty_model, load_model, save_model
-from ldm.noise import key
+from ldm.diffusion.noise import key
+from ldm.files.checkpoint import empty_model, load_model, save_model
 from train.batches.buckets import View, views
 from train.batches.latents import autoencoder_folder
 from train.batches.plan import Draw, choose, fixed_draws, normal, spread, uniform

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from autoencoder.layers import Downsample, ResnetBlock
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import load_model, save_model
+from ldm.files.checkpoint import load_model, save_model
 from text_encoder.clip import CLIPTextEncoder
 from train.batches.latents import Latents
 from train.batches.plan import Draw, fixed_draws, spread

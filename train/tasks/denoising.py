@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, distributed, nn
 
-from ldm.objective import DENSITIES, WEIGHTS, LossHistory, Uncertainty, diffusion_loss
-from ldm.scheduler import Scheduler
-from ldm.unet import UNet
-from ldm.variance import LearnedVariance, ReverseSteps
+from autoencoder.vae import AutoencoderKL
+from ldm.diffusion.objective import DENSITIES, WEIGHTS, LossHistory, Uncertainty, diffusion_loss
+from ldm.diffusion.scheduler import Scheduler
+from ldm.diffusion.variance import LearnedVariance, ReverseSteps
+from ldm.model.unet import UNet, seeing
 from text_encoder.clip import CLIPTextEncoder
+
+ToLatents = Callable[[Tensor, Tensor], Tensor]  # (image, noise) -> latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,7 @@ class ObjectiveConfig:
     timestep_density: str = "uniform"  # or logit_normal, most in the middle: a name in DENSITIES
     importance_sampling: bool = False  # draw timesteps of large losses more often; their losses weigh less
     timestep_shift: float = 1.0  # of the timesteps drawn; below 1: less noise, which small latents want
-    caption_dropout: float = 0.1  # of the samples get the empty prompt, which guidance needs
+    caption_dropout: float = 0.1  # of the samples get the empty prompt and no class, which guidance needs
     offset_noise: float = 0.0  # deviation of noise that is the same all over a channel; zero SNR does better
     uncertainty: bool = False  # learn the mean loss of each noise level, so that all count alike (EDM2)
     mask_weight: float = 1.0  # of an error within a figure or an opaque pixel; around them it weighs 1
@@ -115,14 +119,18 @@ class Diffusion(nn.Module):
         tokens: Tensor,
         perturbation: Tensor | None = None,
         area_weight: Tensor | None = None,
+        labels: Tensor | None = None,
+        beside: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss (B,). x0, noise, perturbation: (B, C, h, w); area_weight: (B, 1, h, w); t: (B,) int64, or
-        float64 quantiles where importance chooses; tokens: (B, N) int64, or (B, K, N) in chunks.
+        float64 quantiles where importance chooses; tokens: (B, N) int64, or (B, K, N) in chunks; labels: (B,)
+        int64, of a UNet with classes; beside: (B, K, h, w), see `seeing`.
         """
         importance = None
         if self.history is not None:
             t, importance = self.history.choose(t)
-        context, unet = self.encode(tokens), LearnedVariance(self.unet) if self.reverse else self.unet
+        context, told = self.encode(tokens), seeing(partial(self.unet, class_labels=labels), beside)
+        unet = LearnedVariance(told) if self.reverse else told
         loss = diffusion_loss(
             unet, self.schedule, x0, context, self.kind, noise, t, self.weight, perturbation, area_weight
         )
@@ -157,3 +165,15 @@ def frozen(text_encoder: CLIPTextEncoder) -> Callable[[Tensor], Tensor]:
         return text_encoder.to(tokens.device)(tokens)
 
     return encode
+
+
+def frozen_latents(vae: AutoencoderKL) -> ToLatents:
+    """What draws latents by an autoencoder that does not learn, on the device of the picture."""
+    vae.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def to_latents(image: Tensor, noise: Tensor) -> Tensor:
+        with torch.autocast(image.device.type, enabled=False):  # as the cache is filled
+            return vae.to_latents(vae.to(image.device).encode(image).sample(noise))
+
+    return to_latents

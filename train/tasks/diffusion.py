@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,15 +14,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import empty_model, load_model
-from ldm.config import read_config, read_json
-from ldm.noise import generator
-from ldm.objective import diffusion_loss, stratified_timesteps
-from ldm.options import Defaults
+from ldm.diffusion.noise import generator
+from ldm.diffusion.objective import diffusion_loss, stratified_timesteps
+from ldm.diffusion.scheduler import Scheduler
+from ldm.diffusion.variance import LearnedVariance
+from ldm.files.checkpoint import empty_model, load_model
+from ldm.files.config import read_config, read_json
+from ldm.model.context import Context
+from ldm.model.unet import UNet, UNetConfig, seeing
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.scheduler import Scheduler
-from ldm.unet import UNet, UNetConfig
-from ldm.variance import LearnedVariance
+from ldm.recipes.options import Defaults
 from train.batches.latents import Latents
 from train.batches.plan import Draw, fixed_draws, normal, spread
 from train.config import to_mapping
@@ -73,9 +74,10 @@ class DiffusionRecipe(FitConfig):
                 f"no variance to learn, use {self.unet.in_channels}"
             )
         empty_model(UNet, self.unet)  # what does not fit is found out before hours of other stages
-        if self.unet.num_class_embeds is not None:
+        if (self.unet.num_class_embeds is None) != (self.data.label is None):
             raise ValueError(
-                f"unet.num_class_embeds={self.unet.num_class_embeds}: the data has no classes, use null"
+                f"unet.num_class_embeds={self.unet.num_class_embeds} and data.label={self.data.label}: set "
+                "both (data.label: subject, folder or a column), or neither"
             )
         if self.unet.pooled_channels:
             raise ValueError(
@@ -178,6 +180,7 @@ class LatentDiffusion:
                 f"unet.cross_attention_dim={recipe.unet.cross_attention_dim}, but the text encoder has "
                 f"{self.text_encoder.config.hidden_size} channels"
             )
+        check_classes(recipe, latents.classes)
         if recipe.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         check_compile(recipe)
@@ -194,6 +197,7 @@ class LatentDiffusion:
             "unet": to_mapping(recipe.unet),
             "text_encoder": text_facts(recipe.text_encoder, self.text_encoder, self.tokenizer),
             "objective": {**to_mapping(recipe.objective), "weight": recipe.objective.loss_weight},
+            **({"classes": list(latents.classes)} if latents.classes else {}),
         }
 
     def contents(self) -> Mapping[str, str]:
@@ -216,6 +220,8 @@ class LatentDiffusion:
             "t": t[[draw.position for draw in draws]],
             "tokens": self.tokenizer(self.latents.choose_captions(draws, dropout=objective.caption_dropout)),
         }
+        if self.latents.classes:
+            batch["labels"] = self.latents.choose_labels(draws, dropout=objective.caption_dropout)
         if objective.offset_noise:
             batch["noise"] += objective.offset_noise * normal(draws, (shape[0], 1, 1), "offset noise")
         if objective.input_perturbation:
@@ -238,17 +244,20 @@ class LatentDiffusion:
             tokenizer=self.tokenizer,
             unet=self.unet,
             scheduler=self.scheduler,
-            defaults=self.recipe.sampling,
+            defaults=dataclasses.replace(self.recipe.sampling, class_names=self.latents.classes),
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def preview(self) -> Image.Image:
-        """One picture a prompt, always from the same noise."""
-        captions = list(self.latents.captions.values())
+        """One picture a prompt, always from the same noise; of classes in turn, where there are some."""
+        captions, pipe, size = list(self.latents.captions.values()), self.pipeline(), self.recipe.data.size
         prompts = list(self.recipe.prompts) or [captions[i][0] for i in spread(len(captions), 8)]
-        size = self.recipe.data.size
-        images = self.pipeline()(prompts, height=size, width=size, seed=0, return_dict=False)[0]
+        labels = in_turn(pipe, len(prompts))
+        if labels and not self.recipe.prompts:  # those of the pictures that the captions are of
+            known = list(self.latents.labels.values())
+            labels = [known[i] for i in spread(len(known), 8)]
+        images = pipe(prompts, height=size, width=size, seed=0, class_labels=labels, return_dict=False)[0]
         return grid(images, columns=min(len(images), 8))
 
     def export(self, folder: Path) -> None:
@@ -260,19 +269,53 @@ class LatentDiffusion:
             LatentDiffusionPipeline.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
 
 
+def in_turn(pipe: LatentDiffusionPipeline, count: int) -> list[int] | None:
+    """So many classes of a model, one after the other; None if it has none."""
+    embeds = pipe.unet.config.num_class_embeds
+    return None if embeds is None else [number % (embeds - 1) for number in range(count)]
+
+
+def check_classes(recipe: DiffusionRecipe, names: Sequence[str]) -> None:
+    """Raises ValueError unless the UNet has an embedding for each class and one that says nothing."""
+    if recipe.data.label is not None and recipe.unet.num_class_embeds != len(names) + 1:
+        raise ValueError(
+            f"unet.num_class_embeds={recipe.unet.num_class_embeds}: the data has {len(names)} classes by "
+            f"data.label={recipe.data.label}, {', '.join(names[:8])}{' ...' if names[8:] else ''}; set "
+            f"{len(names) + 1}, one more for none of them"
+        )
+    if recipe.sampling.class_names and recipe.sampling.class_names != tuple(names):
+        raise ValueError(
+            f"sampling.class_names={list(recipe.sampling.class_names)}: the data has {list(names)}; leave it "
+            "out"
+        )
+
+
+def nothing(draws: list[Draw]) -> None:
+    """What a UNet sees beside the latents of some samples."""
+
+
 def validation_losses(
-    pipe: LatentDiffusionPipeline, latents: Latents, buckets: Sequence[Sequence[int]]
+    pipe: LatentDiffusionPipeline,
+    latents: Latents,
+    buckets: Sequence[Sequence[int]],
+    beside: Callable[[list[Draw]], Tensor | None] = nothing,
 ) -> dict[str, float]:
-    """The plain loss, that at each of LEVELS timesteps and that of each bucket, one noise a sample."""
+    """The plain loss, that at each of LEVELS timesteps and that of each bucket, one noise a sample.
+
+    beside: what the UNet sees beside the latents of some samples, (B, K, h, w).
+    """
     device, T = next(pipe.unet.parameters()).device, len(pipe.scheduler.schedule.alpha)
-    unet = LearnedVariance(pipe.unet) if pipe.unet.config.learns_variance else pipe.unet
     timesteps = [int(T * (k + 0.5) / LEVELS) for k in range(LEVELS)]
     totals = torch.zeros(len(buckets), LEVELS)  # sums over the samples
     parts = [(number, draws) for number, one in enumerate(buckets) for draws in fixed_draws([one])]
     for number, draws in parts:
         x0 = pipe.vae.to_latents(latents.sample(draws)).to(device)
         noise = normal(draws, tuple(x0.shape[1:]), "noise").to(device)
-        context = pipe.text_encoder(pipe.tokenizer(latents.choose_captions(draws)).to(device))
+        text = pipe.text_encoder(pipe.tokenizer(latents.choose_captions(draws)).to(device))
+        labels = latents.choose_labels(draws).to(device) if latents.classes else None
+        context = Context(text, labels=labels)
+        unet = seeing(pipe.unet, beside(draws))
+        unet = LearnedVariance(unet) if pipe.unet.config.learns_variance else unet
         for k, t in enumerate(timesteps):
             at = torch.full((len(draws),), t, device=device)
             loss = diffusion_loss(

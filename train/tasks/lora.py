@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.adapters.files import USUAL, Adapter, write_adapter
-from ldm.noise import key
+from ldm.diffusion.noise import key
 from train.batches.latents import Latents
 from train.batches.plan import Draw, Plan
 from train.tasks.adapters import (

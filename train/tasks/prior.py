@@ -8,12 +8,12 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ldm.checkpoint import model_hash
-from ldm.config import read_json, write_json
-from ldm.noise import key
-from ldm.picture import save_picture
+from ldm.diffusion.noise import key
+from ldm.files.checkpoint import model_hash
+from ldm.files.config import read_json, write_json
+from ldm.formats.stock import MODELS
 from ldm.pipeline import LatentDiffusionPipeline
-from ldm.stock import MODELS
+from ldm.recipes.picture import save_picture
 from train.batches.encoding import compute_latents
 from train.batches.latents import Latents, autoencoder_folder
 from train.data.sources import DataConfig
@@ -46,12 +46,14 @@ def draw_prior(recipe: LoraRecipe, folder: Path, pictures: Path) -> None:
     state = PartialState(cpu=cpu_only())
     paths = [pictures / f"{number:05d}.png" for number in range(recipe.prior.pictures)]
     pipe = LatentDiffusionPipeline.from_pretrained(folder).to(state.device)
+    options = dataclasses.asdict(pipe.defaults)
+    del options["class_names"]  # which decide nothing of a picture
     about = {
         "model": model_hash(folder / name for name in MODELS),
         "prompt": recipe.prior.prompt,
         "size": recipe.data.size,
         "seed": recipe.seed,
-        "options": dataclasses.asdict(pipe.defaults),
+        "options": options,
     }
     note = pictures / "drawn.json"
     if note.exists() and read_json(note) != about:

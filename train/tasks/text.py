@@ -13,7 +13,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ldm.checkpoint import load_model
+from ldm.files.checkpoint import load_model
 from text_encoder.clip import CLIPTextConfig, CLIPTextEncoder
 from text_encoder.tokenizer import BYTES, Tokenizer
 from train.batches.plan import spread

@@ -1,8 +1,8 @@
-"""Training beside a finished model, whose weights stay as they are: what LoRA, DreamBooth and textual
-inversion share.
+"""Training that begins with a finished model: what LoRA, DreamBooth, textual inversion and inpainting share.
 
-What learns is a small module; the model it works on is called by it, moves with it, and is no part of it. So
-checkpoints, averages and optimizer hold what learns alone, and a hash says which model it was.
+Where the model's weights stay as they are, what learns is a small module; the model it works on is called by
+it, moves with it, and is no part of it. So checkpoints, averages and optimizer hold what learns alone, and a
+hash says which model it was.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from autoencoder.vae import AutoencoderKL
-from ldm.checkpoint import load_model
-from ldm.config import read_config, read_json
-from ldm.hub import find_folder
-from ldm.options import Defaults
-from ldm.parts import DEFAULTS
+from ldm.diffusion.scheduler import Scheduler
+from ldm.files.checkpoint import load_model
+from ldm.files.config import read_config, read_json
+from ldm.files.hub import find_folder
+from ldm.formats.parts import DEFAULTS
+from ldm.formats.stock import SD, read_index
+from ldm.model.unet import UNetConfig
 from ldm.pipeline import BUNDLED
-from ldm.scheduler import Scheduler
-from ldm.stock import SD, read_index
-from ldm.unet import UNetConfig
+from ldm.recipes.options import Defaults
 from train.batches.encoding import compute_latents
 from train.batches.latents import Latents, autoencoder_folder
 from train.config import config_fields
@@ -38,8 +38,8 @@ from train.tasks.text import TextConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningRecipe(FitConfig):
-    """Training of something small beside a model that stays as it is."""
+class FurtherRecipe(FitConfig):
+    """Training that begins with a finished model."""
 
     model: str = "bundled"  # folder or hub id of a pipeline; bundled: the one that comes with this package
     latents: str | None = None  # folder that encode_latents.py wrote; null: computed into the run folder
@@ -51,6 +51,11 @@ class TuningRecipe(FitConfig):
     mask_weight: float = 1.0  # of an error within a figure or an opaque pixel; around them it weighs 1
     prompts: tuple[str, ...] = ()  # of the pictures drawn while training; none: captions of the data
 
+
+@dataclass(frozen=True, kw_only=True)
+class TuningRecipe(FurtherRecipe):
+    """Training of something small beside a model that stays as it is."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if wants_shards(PartialState(cpu=cpu_only()).distributed_type):
@@ -60,8 +65,8 @@ class TuningRecipe(FitConfig):
             )
 
 
-def model_folder(recipe: TuningRecipe) -> Path:
-    """The folder of the model to tune. Raises ValueError if it is none, or not of Stable Diffusion's kind."""
+def model_folder(recipe: FurtherRecipe) -> Path:
+    """The folder of the model. Raises ValueError if it is none, or not of Stable Diffusion's kind."""
     folder = BUNDLED if recipe.model == "bundled" else find_folder(recipe.model)
     layout, _ = read_index(folder)
     if layout is not SD:
@@ -75,7 +80,7 @@ def read_scheduler(folder: Path) -> Scheduler:
     return Scheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
 
 
-def whole_recipe(recipe: TuningRecipe, folder: Path) -> DiffusionRecipe:
+def whole_recipe(recipe: FurtherRecipe, folder: Path) -> DiffusionRecipe:
     """The recipe that would train the whole model further: its parts, and what it predicts."""
     scheduler, defaults = read_scheduler(folder), folder / DEFAULTS
     objective = ObjectiveConfig(
@@ -101,7 +106,7 @@ def whole_recipe(recipe: TuningRecipe, folder: Path) -> DiffusionRecipe:
     )
 
 
-def latents_of(recipe: TuningRecipe, folder: Path) -> Latents:
+def latents_of(recipe: FurtherRecipe, folder: Path) -> Latents:
     """The latents of the recipe's pictures by the model's autoencoder; missing ones are computed first."""
     return compute_latents(
         recipe.data,
@@ -112,7 +117,7 @@ def latents_of(recipe: TuningRecipe, folder: Path) -> Latents:
     )
 
 
-def made_up_latents(recipe: TuningRecipe, folder: Path) -> Latents:
+def made_up_latents(recipe: FurtherRecipe, folder: Path) -> Latents:
     """Latents of made-up numbers of the same shape, for a plan."""
     from train.fit.planning import made_up  # which knows the other tasks
 

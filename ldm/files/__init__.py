@@ -1,0 +1,1 @@
+"""Files of weights and settings: found, checked, read whole, written whole."""

@@ -1,0 +1,1 @@
+"""The UNet: its configuration, its parts, and what it is told."""

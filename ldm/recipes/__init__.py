@@ -1,0 +1,1 @@
+"""What is asked of a picture, and the recipe it was made by. Imports no torch."""
