@@ -22,7 +22,7 @@ ASKED = [
 def home(tmp_path) -> Path:
     """A judge with random weights, that asks six things of what training showed, and four of the rest."""
     network = Network({name: len(known) for name, known in ANSWERS.items()}, width=24).eval()
-    judge = Judge(network, ANSWERS, 32, {"scenes": 0})
+    judge = Judge(network, ANSWERS, 32, 16, {"scenes": 0})
     image, answers = torch.rand(5, 3, 32, 32) * 2 - 1, judge.places(ASKED[:5])
     save_judge(tmp_path / "judge", judge, {"seen": ASKED, "held_out": ASKED[:4]}, image, answers)
     return tmp_path / "judge"

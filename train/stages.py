@@ -22,7 +22,7 @@ from train.data.sources import open_source
 from train.fit.loop import cpu_only, fit
 from train.fit.record import minutes, training_seconds
 from train.fit.state import FitConfig, Task
-from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding
+from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding, small_recipe
 from train.tasks.contrastive import Contrastive, ContrastiveRecipe
 from train.tasks.diffusion import (
     DiffusionRecipe,
@@ -64,10 +64,10 @@ def train_stages(recipe: DiffusionRecipe) -> Iterator[Passed]:
         check_classes(recipe, labels.names)
     check_compile(recipe)
     if is_recipe(recipe.autoencoder):
-        stage = autoencoder_stage(recipe)
-        yield (passed := trained("autoencoder", Autoencoding(stage), stage))
-        if passed.exit_code:
-            return
+        for passed in autoencoder_stages(autoencoder_stage(recipe)):
+            yield passed
+            if passed.exit_code:
+                return
     autoencoder, cache = autoencoder_of(recipe), cache_of(recipe)
     begin, before = time.monotonic(), shards_in(cache)
     latents = compute_latents(
@@ -94,6 +94,16 @@ def train_stages(recipe: DiffusionRecipe) -> Iterator[Passed]:
     task = LatentDiffusion(recipe, autoencoder, latents)
     tell_lengths(task.tokenizer, latents.captions.values())
     yield trained("UNet", task, recipe)
+
+
+def autoencoder_stages(recipe: AutoencoderRecipe) -> Iterator[Passed]:
+    """Train an autoencoder, and first the one from which it grows, where the recipe names a recipe for it."""
+    if small := small_recipe(recipe):
+        yield (passed := trained("small autoencoder", Autoencoding(small), small))
+        if passed.exit_code:
+            return
+        recipe = dataclasses.replace(recipe, grow=str(passed.folder))
+    yield trained("autoencoder", Autoencoding(recipe), recipe)
 
 
 def check_batches(recipe: DiffusionRecipe) -> None:

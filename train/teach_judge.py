@@ -23,7 +23,7 @@ from ldm.metrics.scenes import shares, table
 from train.command import command
 from train.config import parse
 from train.data.sources import DataConfig
-from train.measure.judge import LEAST, book_of, kept_judge
+from train.measure.judge import LEAST, SEES, book_of, kept_judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,13 @@ class JudgeRecipe:
 
     output: str  # folder of the judge; another that is there is replaced
     data: DataConfig = field(default_factory=DataConfig)  # of the training: source, size, subjects, font
+    sees: int = SEES  # pixels a side that it shrinks pictures to, where they are larger
     scenes: int = 40_000  # that teach it
     asked: int = 1000  # captions of each split that it can ask of a model
     tested: int = 1000  # drawn scenes on which it is judged itself
 
     def __post_init__(self) -> None:
-        for name, least in (("scenes", LEAST), ("asked", 1), ("tested", 1)):
+        for name, least in (("sees", 8), ("scenes", LEAST), ("asked", 1), ("tested", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: expected {least} or more")
 
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = kept_judge(
         Path(recipe.output),
         book_of(recipe.data),
+        sees=recipe.sees,
         scenes=recipe.scenes,
         asked=recipe.asked,
         tested=recipe.tested,

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.files.checkpoint import model_hash, read_tensors
 from ldm.files.config import read_json, replacing, write_json
 
-FORMAT = "ldm-judge-1"
+FORMAT = "ldm-judge-2"
 WEIGHTS, TESTED = "judge.safetensors", "tested.safetensors"
 SPLITS = {"held_out": "training never showed", "seen": "training shows"}  # combinations that ...
 UNASKED = -100  # in the place of an answer: neither taught nor counted, ignored by cross_entropy
@@ -60,6 +61,11 @@ class Network(nn.Module):
         return {name: head(h) for name, head in self.heads.items()}
 
 
+def seen(image: Tensor, side: int) -> Tensor:
+    """(B, 3, H, W) to (B, 3, side, side): each pixel a mean over those it covers."""
+    return image if image.shape[2:] == (side, side) else F.interpolate(image, (side, side), mode="area")
+
+
 class Asked(NamedTuple):
     """A prompt, and what a picture of it shows."""
 
@@ -73,13 +79,14 @@ class Judge:
 
     network: Network
     answers: Mapping[str, Sequence[str]]  # by question
-    size: int  # pixels of the squares that it was taught on
+    size: int  # pixels a side of the pictures that it judges
+    sees: int  # pixels a side that it shrinks them to: more tell it nothing more
     taught: Mapping[str, Any]  # on what, for the protocol
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> dict[str, Tensor]:
         """The likeliest answer to each question, (N,), of pictures (N, 3, size, size) in [-1, 1]."""
-        found = [self.network(rows) for rows in image.split(BATCH)]
+        found = [self.network(seen(rows, self.sees)) for rows in image.split(BATCH)]
         return {name: torch.cat([each[name] for each in found]).argmax(1) for name in self.answers}
 
     def places(self, asked: Sequence[Asked]) -> dict[str, Tensor]:
@@ -119,7 +126,7 @@ def save_judge(
         save_file({"pictures": levels, **answers}, temporary)
     with replacing(folder / WEIGHTS) as temporary:
         save_file(judge.network.state_dict(), temporary)
-    facts = {"size": judge.size, "answers": judge.answers, "taught": judge.taught}
+    facts = {"size": judge.size, "sees": judge.sees, "answers": judge.answers, "taught": judge.taught}
     write_json(folder / "judge.json", {"format": FORMAT, **facts})
 
 
@@ -139,7 +146,7 @@ def open_judge(folder: Path) -> Judge:
     except RuntimeError as error:
         raise ValueError(f"{folder / WEIGHTS} is not of this judge: {str(error).splitlines()[-1]}") from None
     taught = {**facts["taught"], "judge_hash": model_hash([folder / WEIGHTS])}
-    return Judge(network.eval(), facts["answers"], facts["size"], taught)
+    return Judge(network.eval(), facts["answers"], facts["size"], facts["sees"], taught)
 
 
 def read_asked(folder: Path, split: str) -> list[Asked]:

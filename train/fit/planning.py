@@ -30,7 +30,7 @@ from train.fit.loop import choose_precision, cpu_only, prepare, train_step, work
 from train.fit.optim import optimizer_tensors
 from train.fit.shards import wants_shards
 from train.fit.state import FitConfig, State, Task
-from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding
+from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding, small_recipe
 from train.tasks.contrastive import Contrastive, ContrastiveRecipe
 from train.tasks.diffusion import DiffusionRecipe, LatentDiffusion
 
@@ -174,7 +174,7 @@ def stages_of(
         trained = autoencoder_folder(recipe.autoencoder)
         model = load_model(AutoencoderKL, trained).config
     else:
-        yield Stage("autoencoder", Autoencoding(autoencoder), autoencoder)
+        yield from autoencoder_plan(autoencoder, folder)
         trained, model = folder / "autoencoder", autoencoder.model
         save_model(AutoencoderKL(model), trained)
     latents = made_up(recipe.data, model)
@@ -185,6 +185,15 @@ def stages_of(
         words = dataclasses.replace(recipe.text_encoder, path=str(folder / "text_encoder"))
         recipe = dataclasses.replace(recipe, text_encoder=words)
     yield Stage("UNet", LatentDiffusion(recipe, trained, latents), recipe)
+
+
+def autoencoder_plan(recipe: AutoencoderRecipe, folder: Path) -> Iterator[Stage]:
+    """What training an autoencoder takes, and first the one from which it grows. folder: temporary."""
+    if small := small_recipe(recipe):
+        yield Stage("small autoencoder", Autoencoding(small), small)
+        save_model(AutoencoderKL(small.model), folder / "small")
+        recipe = dataclasses.replace(recipe, grow=str(folder / "small"))
+    yield Stage("autoencoder", Autoencoding(recipe), recipe)
 
 
 def made_up(data: DataConfig, model: AutoencoderKLConfig) -> Latents:

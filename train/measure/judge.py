@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ldm.files.config import read_json
 from ldm.metrics import judges
-from ldm.metrics.judges import Asked, Judge, Network, save_judge
+from ldm.metrics.judges import Asked, Judge, Network, save_judge, seen
 from train.data.painting import PLACES
 from train.data.pictures import to_tensor
 from train.data.scenes import Scene, SceneSource, Split
@@ -30,6 +30,7 @@ from train.data.sprites import COLOURS
 SEED_JUDGE, SEED_TEST, SEED_ASKED = 101, 102, 103  # of scene books; training of the model reads book 0
 SPLITS: dict[str, Split] = {"held_out": "held_out", "seen": "train"}  # of judges.SPLITS, by scenes' names
 LEAST = 64  # scenes that teach: a batch
+SEES = 64  # pixels a side: there its subjects are told apart
 
 Book = Callable[[int, Split], SceneSource]  # scenes by seed and split, alike in all else
 
@@ -72,12 +73,12 @@ def asked_of(source: SceneSource, count: int) -> list[Asked]:
     return [Asked(scene.caption, answers_of(scene)) for scene in scenes]
 
 
-def untaught(source: SceneSource) -> Judge:
-    """A judge of the source's scenes with new weights."""
+def untaught(source: SceneSource, sees: int) -> Judge:
+    """A judge of the source's scenes with new weights. sees: pixels a side that it shrinks them to."""
     torch.manual_seed(0)
     answers = known(source)
     network = Network({name: len(values) for name, values in answers.items()})
-    return Judge(network, answers, source.size, {})
+    return Judge(network, answers, source.size, min(sees, source.size), {})
 
 
 def scene_batches(
@@ -100,9 +101,9 @@ def blemish(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.enable_grad()
-def train_judge(source: SceneSource, scenes: int, batch: int = 64) -> Judge:
+def train_judge(source: SceneSource, scenes: int, sees: int, batch: int = 64) -> Judge:
     """A judge taught on `scenes` scenes of the source, each seen once."""
-    judge, generator = untaught(source), torch.Generator().manual_seed(0)
+    judge, generator = untaught(source, sees), torch.Generator().manual_seed(0)
     network = judge.network
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.02)
     steps = -(-scenes // batch)
@@ -111,7 +112,7 @@ def train_judge(source: SceneSource, scenes: int, batch: int = 64) -> Judge:
     for images, truth in tqdm(
         batches, total=steps, desc="teaching the judge", disable=not sys.stderr.isatty()
     ):
-        answers = network(blemish(images, generator))
+        answers = network(blemish(seen(images, judge.sees), generator))
         loss = sum((F.cross_entropy(answers[name], truth[name]) for name in truth), torch.zeros(()))
         optimizer.zero_grad()
         loss.backward()
@@ -121,7 +122,7 @@ def train_judge(source: SceneSource, scenes: int, batch: int = 64) -> Judge:
     return judge
 
 
-def lesson(source: SceneSource, scenes: int, asked: int, tested: int) -> dict[str, Any]:
+def lesson(source: SceneSource, sees: int, scenes: int, asked: int, tested: int) -> dict[str, Any]:
     """All that a judge is a function of: the code, the scenes and the code that draws them."""
     code = Path(__file__).read_bytes() + Path(judges.__file__).read_bytes()
     return {
@@ -129,6 +130,7 @@ def lesson(source: SceneSource, scenes: int, asked: int, tested: int) -> dict[st
         "subjects": len(source.subjects),
         "names_sha256": hashlib.sha256(",".join(source.subjects).encode()).hexdigest()[:12],
         "size": source.size,
+        "sees": min(sees, source.size),
         "scenes": scenes,
         "seed": source.seed,
         "drawing": source.drawing,
@@ -146,18 +148,18 @@ def split_of(book: Book, seed: int, split: str) -> SceneSource | None:
         return None
 
 
-def kept_judge(folder: Path, book: Book, *, scenes: int, asked: int, tested: int) -> Path:
+def kept_judge(folder: Path, book: Book, *, scenes: int, asked: int, tested: int, sees: int = SEES) -> Path:
     """The folder with the judge of these scenes: there already, or taught now and written there.
 
     scenes: that teach it. asked: captions of each split that it asks for. tested: drawn scenes on which it is
     judged itself, of held-out combinations where there are any.
     """
     source = book(SEED_JUDGE, "train")
-    taught = lesson(source, scenes, asked, tested)
+    taught = lesson(source, sees, scenes, asked, tested)
     note = folder / "judge.json"
     if note.is_file() and read_json(note).get("taught") == taught:
         return folder
-    judge = train_judge(source, scenes)
+    judge = train_judge(source, scenes, sees)
     books = {split: split_of(book, SEED_ASKED, split) for split in SPLITS}
     unseen = split_of(book, SEED_TEST, "held_out") or book(SEED_TEST, "train")
     (shown,) = scene_batches(judge, unseen, tested, tested)

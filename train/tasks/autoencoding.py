@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autoencoder.discriminator import AdversaryConfig
 from autoencoder.equivariance import shrink, shrunk_sides, turn
+from autoencoder.growth import grown
 from autoencoder.loss import ReconstructionConfig
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.diffusion.noise import key
@@ -22,13 +23,14 @@ from ldm.files.checkpoint import empty_model, load_model, save_model
 from train.batches.buckets import View, views
 from train.batches.latents import autoencoder_folder
 from train.batches.plan import Draw, choose, fixed_draws, normal, spread, uniform
-from train.config import to_mapping
+from train.config import is_recipe, read_recipe, to_mapping
 from train.data.sources import DataConfig
 from train.data.squares import Squares
+from train.fit.checkpoint import weights_sha256
 from train.fit.state import FitConfig
 from train.measure.features import digest, perceptual_distance
 from train.measure.fidelity import Fidelity, before_and_after, judge, reconstruct
-from train.tasks.reconstruction import Reconstruction
+from train.tasks.reconstruction import Growth, Reconstruction
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class AutoencoderRecipe(FitConfig):
     loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     start: str | None = None  # folder of a trained one to go on from; null: new weights
+    grow: str | None = None  # trained one (folder or .yaml) of pictures half as large: keep its latents
     train_encoder: bool = True  # false: only the decoder learns, and latents computed before stay valid
     latent_noise: float = 0.0  # of a decoder that learns alone: deviation, at most, of noise on its latents
     measured: int = 2048  # pictures over which the scale of the latents and the error are measured at the end
@@ -67,20 +70,50 @@ class AutoencoderRecipe(FitConfig):
             )
         if not self.train_encoder and self.start is None:
             raise ValueError("train_encoder=false needs start: the encoder of new weights knows nothing")
-        if self.latent_noise < 0 or (self.latent_noise and self.train_encoder):
+        if self.latent_noise < 0 or (self.latent_noise and self.train_encoder and self.grow is None):
             raise ValueError(
-                f"latent_noise={self.latent_noise}: expected 0, or more with train_encoder=false"
+                f"latent_noise={self.latent_noise}: expected 0, or more with train_encoder=false or grow, "
+                "where the decoder does not teach the encoder"
             )
+        if self.grow is not None:
+            self.check_growth()
         if self.measured < 1:
             raise ValueError(f"measured={self.measured}: expected 1 or more pictures")
+
+    def check_growth(self) -> None:
+        """Raises ValueError for what does not go with grow."""
+        if self.start is not None or not self.train_encoder:
+            raise ValueError(
+                "grow starts from the small autoencoder and teaches both halves: leave out start and "
+                "train_encoder"
+            )
+        if self.loss.half_size or self.loss.equivariance:
+            raise ValueError(
+                "grow keeps the latents of the small autoencoder: loss.half_size and loss.equivariance, "
+                "which shape latents, have no effect, set them to 0"
+            )
 
     @property
     def terms(self) -> ReconstructionConfig:
         """The loss with its equivariance decided: new weights get it unless half_size takes its place."""
         if self.loss.equivariance is not None:
             return self.loss
-        weight = 0.0 if self.start or self.loss.half_size else 0.5
+        weight = 0.0 if self.start or self.grow or self.loss.half_size else 0.5
         return dataclasses.replace(self.loss, equivariance=weight)
+
+
+def small_recipe(recipe: AutoencoderRecipe) -> AutoencoderRecipe | None:
+    """The recipe that recipe.grow names, if it names one, on the same pictures at half their size."""
+    if not is_recipe(recipe.grow):
+        return None
+    return dataclasses.replace(
+        read_recipe(AutoencoderRecipe, str(recipe.grow)),
+        data=dataclasses.replace(recipe.data, size=recipe.data.size // 2),
+        output=str(Path(recipe.output, "small")),
+        precision=recipe.precision,
+        max_minutes=recipe.max_minutes,
+        accept_new_data=recipe.accept_new_data,
+    )
 
 
 class Autoencoding:
@@ -92,6 +125,9 @@ class Autoencoding:
         self.length = len(self.squares)
         self.buckets = [range(self.length)]
         torch.manual_seed(recipe.seed)  # initial weights
+        self.small = (
+            None if recipe.grow is None else load_model(AutoencoderKL, autoencoder_folder(recipe.grow))
+        )
         self.vae = self.build()
         self.vae.encoder.requires_grad_(recipe.train_encoder)
         self.vae.quant_conv.requires_grad_(recipe.train_encoder)
@@ -103,7 +139,7 @@ class Autoencoding:
             self.distance = perceptual_distance(self.terms.vgg, self.terms.lpips_heads)
         else:
             log.info("%s", without_features(self.terms))
-        self.module: nn.Module = Reconstruction(self.vae, self.terms, recipe.adversary, self.distance)
+        self.module = self.reconstruction()
         factor, size = self.vae.downsample_factor, recipe.data.size
         self.latent_shape = (recipe.model.latent_channels, size // factor, size // factor)
         self.facts: Mapping[str, Any] = {
@@ -119,9 +155,13 @@ class Autoencoding:
             "train_encoder": recipe.train_encoder,
             "latent_noise": recipe.latent_noise,
         }
+        if self.small is not None:
+            self.facts = {**self.facts, "grow": weights_sha256(self.small.state_dict())}
 
     def build(self) -> AutoencoderKL:
-        """New weights, or those of recipe.start. Raises ValueError if these are not of the recipe's model."""
+        """New weights, or those of recipe.start or recipe.grow. Raises ValueError if these do not fit."""
+        if self.small is not None:
+            return grown(self.small, self.recipe.model)
         if self.recipe.start is None:
             return AutoencoderKL(self.recipe.model)
         folder = autoencoder_folder(self.recipe.start)
@@ -131,6 +171,13 @@ class Autoencoding:
         if dataclasses.replace(self.recipe.model, **own) != vae.config:
             raise ValueError(f"start: the autoencoder in {folder} is not of the recipe's model: {vae.config}")
         return vae
+
+    def reconstruction(self) -> nn.Module:
+        """The autoencoder with its loss."""
+        recipe = self.recipe
+        if self.small is not None:
+            return Growth(self.vae, self.small, self.terms, recipe.adversary, self.distance)
+        return Reconstruction(self.vae, self.terms, recipe.adversary, self.distance)
 
     def contents(self) -> Mapping[str, str]:
         return self.squares.source.contents()
@@ -206,7 +253,7 @@ class Autoencoding:
             latent_rgb_factors=tuple(tuple(f / scale for f in row) for row in measured.rgb_factors),
             latent_rgb_bias=measured.rgb_bias,
         )
-        if not self.recipe.train_encoder:
+        if self.small is not None or not self.recipe.train_encoder:
             config = self.vae.config  # the latents are those of before, and so is their scale
         vae = empty_model(AutoencoderKL, config)
         vae.load_state_dict(self.vae.state_dict(), assign=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from autoencoder import growth
 from autoencoder.discriminator import (
     AdversaryConfig,
     PatchDiscriminator,
@@ -18,7 +19,7 @@ from autoencoder.discriminator import (
 )
 from autoencoder.equivariance import shrink, turn
 from autoencoder.loss import ReconstructionConfig, balanced, kl_loss, picture_loss, pixel_loss
-from autoencoder.vae import AutoencoderKL
+from autoencoder.vae import AutoencoderKL, Posterior
 
 RATE = 10.0  # of log_scale: Adam moves a parameter by about the learning rate, and this one has far to go
 Distance = Callable[[Tensor, Tensor], Tensor]  # of two batches of pictures: (B,)
@@ -61,7 +62,7 @@ class Reconstruction(nn.Module):
         what is asked of the decoder for latents that are shrunk and turned alike.
         adversarial: (B,), the weight of the adversarial term; None where it has not begun.
         """
-        posterior = self.vae.encode(image)
+        posterior = self.posterior(image)
         z = posterior.sample(noise)
         latents = self.vae.to_latents(z)
         reconstruction = self.vae.decode(latents if added is None else latents + added)
@@ -73,8 +74,8 @@ class Reconstruction(nn.Module):
         if log_scale is not None:
             error = balanced(error, log_scale)
             parts["log_scale"] = log_scale.detach().expand(len(image))
-        weighed, parts["kl"] = kl_loss(posterior, image, self.config)
-        loss = error + weighed
+        weighed, told = self.encoder_loss(posterior, image)
+        loss, parts = error + weighed, parts | told
         if transformed is not None:
             name = "half_size" if self.config.half_size else "equivariance"
             parts[name] = self.transformed_loss(latents, transformed, turns)
@@ -88,6 +89,15 @@ class Reconstruction(nn.Module):
             loss = loss + judged
             parts |= verdicts
         return loss, parts
+
+    def posterior(self, image: Tensor) -> Posterior:
+        """Of the latents that the decoder gets."""
+        return self.vae.encode(image)
+
+    def encoder_loss(self, posterior: Posterior, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What else the encoder is asked for (B,), and its parts (B,): kl."""
+        weighed, kl = kl_loss(posterior, image, self.config)
+        return weighed, {"kl": kl}
 
     def transformed_loss(self, latents: Tensor, image: Tensor, turns: Tensor | None) -> Tensor:
         """The pixel loss (B,) of what latents (B, C, h, w), shrunk and turned as `image` is, decode to."""
@@ -122,3 +132,30 @@ class Reconstruction(nn.Module):
         weight = adaptive_weight(error.mean(), generator.mean(), self.vae.decoder.conv_out.weight)
         loss = adversarial * weight * generator + discriminator
         return loss, dict(zip(names, (generator, discriminator, weight.expand(len(image))), strict=True))
+
+
+class Growth(Reconstruction):
+    """An autoencoder that takes over the latents of a small one: its decoder gets these, of pictures half as
+    large, and its encoder learns to give the same. The small one is called, and is no part of this module.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        small: AutoencoderKL,
+        config: ReconstructionConfig,
+        adversary: AdversaryConfig = AdversaryConfig(),  # noqa: B008 (a constant)
+        distance: Distance | None = None,
+    ) -> None:
+        super().__init__(vae, config, adversary, distance)
+        small.eval().requires_grad_(False)
+        self.known: Callable[[Tensor], Posterior] = lambda image: small.to(image.device).encode(image)
+
+    def posterior(self, image: Tensor) -> Posterior:
+        with torch.no_grad():
+            return self.known(shrink(image, (image.shape[2] // 2, image.shape[3] // 2)))
+
+    def encoder_loss(self, posterior: Posterior, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The distance of the encoder's posterior to the small one's, in units of the latents' variance."""
+        far = self.vae.config.scaling_factor**2 * growth.distance(self.vae.encode(image), posterior)
+        return far, {"latents": far}

@@ -1,0 +1,83 @@
+"""An autoencoder that grows: pictures twice as large, and the latents that a smaller one knows.
+
+What was trained on those latents draws twice as large without training. A level is added in front of the
+encoder and behind the decoder, as Karras et al. 2018 (section 2) grow a GAN; all else goes on from the small
+one, and the new level starts as good as nothing: it averages pixels, and it repeats them (Chen et al. 2016,
+Net2Net, section 2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig, Posterior
+
+FREE = ("sample_size", "down_block_types", "up_block_types", "block_out_channels")
+MEASURED = ("scaling_factor", "shift_factor", *AutoencoderKLConfig.OPTIONAL)  # of the latents
+
+
+def grown(small: AutoencoderKL, config: AutoencoderKLConfig) -> AutoencoderKL:
+    """An autoencoder of `config` with what `small` knows and the scale of its latents.
+
+    Raises ValueError unless config is that of `small` with one level more, of the largest pictures.
+    """
+    config = dataclasses.replace(config, **{name: getattr(small.config, name) for name in MEASURED})
+    differ = [
+        f"{one.name}={getattr(config, one.name)}, not {getattr(small.config, one.name)}"
+        for one in dataclasses.fields(config)
+        if one.name not in FREE and getattr(config, one.name) != getattr(small.config, one.name)
+    ]
+    ends = (
+        ("block_out_channels", config.block_out_channels[1:], small.config.block_out_channels),
+        ("down_block_types", config.down_block_types[1:], small.config.down_block_types),
+        ("up_block_types", config.up_block_types[:-1], small.config.up_block_types),
+    )
+    differ += [f"{name}: {new} besides the new level, not {old}" for name, new, old in ends if new != old]
+    if differ:
+        raise ValueError(
+            f"the small autoencoder is not the model with its largest level less: {'; '.join(differ)}"
+        )
+    vae = AutoencoderKL(config)
+    weights, known = vae.state_dict(), small.state_dict()
+    for name in weights:
+        old = known.get(name_in_small(name))
+        if old is not None and old.shape == weights[name].shape:
+            weights[name] = old.clone()
+    vae.load_state_dict(weights)
+    start_as_nothing(vae)
+    return vae
+
+
+def name_in_small(name: str) -> str:
+    """The name in the small autoencoder of what does the same there; the encoder's levels count from 0 on."""
+    parts = name.split(".")
+    if parts[:2] == ["encoder", "down_blocks"]:
+        parts[2] = str(int(parts[2]) - 1)
+    return ".".join(parts)
+
+
+@torch.no_grad()
+def start_as_nothing(vae: AutoencoderKL) -> None:
+    """The new level averages 2x2 pixels in the encoder, and repeats them in the decoder."""
+    first, last = vae.encoder.down_blocks[0], vae.decoder.up_blocks[-1]
+    for resnet in (*first.resnets, *last.resnets):
+        nn.init.zeros_(resnet.conv2.weight)
+        nn.init.zeros_(resnet.conv2.bias)
+    down, up = first.downsamplers[0].conv, vae.decoder.up_blocks[-2].upsamplers[0].conv
+    for conv in (down, up):
+        nn.init.dirac_(conv.weight)
+        nn.init.zeros_(conv.bias)
+    here = down.weight[:, :, 1, 1] / 4  # it pads below and to the right: its first two rows are a 2x2 square
+    down.weight.zero_()
+    down.weight[:, :, :2, :2] = here[:, :, None, None]
+
+
+def distance(one: Posterior, other: Posterior) -> Tensor:
+    """The squared 2-Wasserstein distance between normal distributions, a mean over C, h and w: (B,).
+
+    Of means and deviations alike (Dowson & Landau 1982, eq. 4, for diagonal covariances).
+    """
+    return ((one.mean - other.mean) ** 2 + (one.std - other.std) ** 2).mean(dim=(1, 2, 3))

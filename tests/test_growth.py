@@ -1,0 +1,148 @@
+"""An autoencoder that grows: what it starts as, what it learns, how it goes on, what does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autoencoder.equivariance import shrink
+from autoencoder.growth import distance, grown
+from autoencoder.loss import ReconstructionConfig
+from autoencoder.vae import AutoencoderKL, Posterior
+from ldm.files.checkpoint import load_model, save_model
+from tests.test_fit import OPTIM, VAE, losses, state, stop_at
+from train import train_autoencoder
+from train.config import to_yaml
+from train.data.sources import DataConfig
+from train.fit.loop import fit
+from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding
+
+LARGE = replace(
+    VAE,
+    block_out_channels=(VAE.block_out_channels[0], *VAE.block_out_channels),
+    down_block_types=(*VAE.down_block_types, "DownEncoderBlock2D"),
+    up_block_types=(*VAE.up_block_types, "UpDecoderBlock2D"),
+)
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    torch.manual_seed(3)
+    save_model(AutoencoderKL(replace(VAE, scaling_factor=0.5)), tmp_path / "small")
+    return tmp_path / "small"
+
+
+def growing(output: Path, small: Path | str, **options: Any) -> AutoencoderRecipe:
+    base = AutoencoderRecipe(
+        output=str(output),
+        grow=str(small),
+        steps=12,
+        batch_size=2,
+        model=LARGE,
+        data=DataConfig(size=32, length=4),
+        optim=OPTIM,
+        loss=ReconstructionConfig(kl=0.0),
+        sample_every=0,
+        measured=4,
+        precision="fp32",
+    )
+    return replace(base, **options)
+
+
+def smooth(side: int) -> torch.Tensor:
+    """Pictures (2, 3, side, side) without fine detail."""
+    return torch.nn.functional.interpolate(torch.randn(2, 3, 4, 4), (side, side), mode="bicubic") / 2
+
+
+def test_it_starts_as_the_small_one_of_half_the_size(small):
+    """But for their last and first convolution the decoder repeats pixels and the encoder averages them."""
+    little = load_model(AutoencoderKL, small)
+    vae = grown(little, LARGE)
+    assert vae.downsample_factor == 2 * little.downsample_factor
+    assert vae.config.scaling_factor == 0.5
+    image = smooth(64)
+    with torch.no_grad():
+        z = little.encode(shrink(image, (32, 32))).mean
+        assert (vae.encode(image).mean - z).square().mean() < 0.2 * z.var()
+        torch.nn.init.dirac_(little.decoder.conv_out.weight)
+        torch.nn.init.dirac_(vae.decoder.conv_out.weight)
+        repeated = little.decode(z).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        torch.testing.assert_close(vae.decode(z), repeated, atol=1e-4, rtol=1e-4)
+
+
+def test_the_distance_is_that_of_the_optimal_map():
+    """In one dimension the optimal map takes each quantile to its own: x -> mean + std * z on both sides."""
+    one, other = (Posterior(torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double()) for _ in "ab")
+    z = torch.randn(4000, 1, 1, 1, 1).double()
+    z = (z - z.mean()) / z.std(correction=0)
+    gaps = (one.mean + one.std * z) - (other.mean + other.std * z)
+    torch.testing.assert_close(distance(one, other), gaps.square().mean(dim=(0, 2, 3, 4)))
+    assert distance(one, one).abs().max() == 0
+
+
+def test_latents_stay_and_the_encoder_comes_to_give_them(small, tmp_path):
+    """The decoder learns from the small one's latents, so that no step moves what latents mean."""
+    recipe = growing(tmp_path / "run", small, steps=40, latent_noise=0.1)
+    task = Autoencoding(recipe)
+    little = load_model(AutoencoderKL, small)
+    image = task.squares.stack(range(4))
+    with torch.no_grad():
+        z = little.encode(shrink(image, (16, 16))).mean
+        before = (task.vae.encode(image).mean - z).square().mean()
+    assert fit(task, recipe).finished
+    vae = load_model(AutoencoderKL, tmp_path / "run" / "model")
+    assert vae.config.scaling_factor == 0.5
+    with torch.no_grad():
+        assert (vae.encode(image).mean - z).square().mean() < 0.5 * before
+    loss = losses(tmp_path / "run")
+    assert loss[-1]["l1"] < 0.9 * loss[0]["l1"]
+
+
+@pytest.mark.slow
+def test_12_steps_equal_8_and_4(small, tmp_path):
+    for folder, stops in (("whole", (0,)), ("parts", (8, 0))):
+        for stop in stops:
+            recipe = growing(tmp_path / folder, small, latent_noise=0.1)
+            task = Autoencoding(recipe)
+            stop_at(task, stop)
+            fit(task, recipe)
+    assert state(tmp_path / "whole", 12) == state(tmp_path / "parts", 12)
+
+
+def test_the_command_trains_the_small_one_first(tmp_path, capsys):
+    """On the same pictures at half their size; a second call finds both done."""
+    first = AutoencoderRecipe(
+        output="x", steps=4, batch_size=2, model=VAE, data=DataConfig(size=64), optim=OPTIM, measured=4
+    )
+    (tmp_path / "small.yaml").write_text(to_yaml(replace(first, sample_every=0, precision="fp32")))
+    recipe = growing(tmp_path / "run", tmp_path / "small.yaml", steps=4)
+    (tmp_path / "large.yaml").write_text(to_yaml(recipe))
+    assert train_autoencoder.main(["--config", str(tmp_path / "large.yaml"), "--plan"]) == 0
+    plan = capsys.readouterr().out
+    assert "small autoencoder: " in plan
+    assert "\nautoencoder: " in plan
+    assert train_autoencoder.main(["--config", str(tmp_path / "large.yaml")]) == 0
+    made = load_model(AutoencoderKL, tmp_path / "run" / "model")
+    little = load_model(AutoencoderKL, tmp_path / "run" / "small" / "model")
+    assert made.config.scaling_factor == little.config.scaling_factor
+    written = (tmp_path / "run" / "small" / "model" / "config.json").stat().st_mtime_ns
+    assert train_autoencoder.main(["--config", str(tmp_path / "large.yaml")]) == 0
+    assert (tmp_path / "run" / "small" / "model" / "config.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": "x"}, "leave out start"),
+        ({"loss": ReconstructionConfig(equivariance=0.5)}, "have no effect, set them to 0"),
+        ({"model": VAE}, "is not the model with its largest level less: block_out_channels"),
+        ({"model": replace(LARGE, latent_channels=3)}, "latent_channels=3, not 4"),
+    ],
+)
+def test_errors(small, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        Autoencoding(growing(tmp_path / "run", small, **options))
