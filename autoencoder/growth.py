@@ -62,17 +62,22 @@ def name_in_small(name: str) -> str:
 @torch.no_grad()
 def start_as_nothing(vae: AutoencoderKL) -> None:
     """The new level averages 2x2 pixels in the encoder, and repeats them in the decoder."""
-    first, last = vae.encoder.down_blocks[0], vae.decoder.up_blocks[-1]
-    for resnet in (*first.resnets, *last.resnets):
-        nn.init.zeros_(resnet.conv2.weight)
-        nn.init.zeros_(resnet.conv2.bias)
-    down, up = first.downsamplers[0].conv, vae.decoder.up_blocks[-2].upsamplers[0].conv
-    for conv in (down, up):
-        nn.init.dirac_(conv.weight)
-        nn.init.zeros_(conv.bias)
-    here = down.weight[:, :, 1, 1] / 4  # it pads below and to the right: its first two rows are a 2x2 square
-    down.weight.zero_()
-    down.weight[:, :, :2, :2] = here[:, :, None, None]
+    new = ("encoder.down_blocks.0.", f"decoder.up_blocks.{len(vae.decoder.up_blocks) - 1}.")
+    for name, module in vae.named_modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        if name.startswith(new) and name.endswith("conv2"):  # of a resnet, which then is its shortcut
+            nn.init.zeros_(module.weight)
+        elif name == "encoder.down_blocks.0.downsamplers.0.conv":
+            nn.init.dirac_(module.weight)  # at [1, 1]; it pads below and to the right: [:2, :2]
+            square = module.weight[:, :, 1:2, 1:2] / 4
+            module.weight.zero_()[:, :, :2, :2] = square
+        elif name == f"decoder.up_blocks.{len(vae.decoder.up_blocks) - 2}.upsamplers.0.conv":
+            nn.init.dirac_(module.weight)
+        else:
+            continue
+        assert module.bias is not None
+        nn.init.zeros_(module.bias)
 
 
 def distance(one: Posterior, other: Posterior) -> Tensor:

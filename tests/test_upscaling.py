@@ -15,16 +15,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from autoencoder.vae import rescaled
+from autoencoder.vae import AutoencoderKL, rescaled
 from ldm.diffusion.scheduler import Scheduler
 from ldm.drawing.given import rows_of
 from ldm.drawing.outputs import to_pil
+from ldm.files.checkpoint import load_model, save_model
 from ldm.formats.kinds import KINDS
 from ldm.model.unet import UNet
 from ldm.pipeline import BUNDLED, LatentDiffusionPipeline
 from ldm.recipes.picture import read_recipe
 from ldm.upscaling import STOCK_SCALE, LatentUpscalePipeline, coloured_as, noised
 from tests.tiny import FACTOR, tiny_pipeline
+from train.batches.plan import Plan
 from train.data.captions import every
 from train.data.pictures import to_images, to_tensor
 from train.data.sources import DataConfig, open_source
@@ -436,3 +438,22 @@ def test_a_crop_off_the_grid_of_latents(tmp_path, first_stage):
 
     with pytest.raises(ValueError, match="crop=15 is not a multiple of 2"):
         Upscaling(upscaler_recipe(tmp_path, first_stage, crop=15))
+
+
+def test_the_autoencoder_may_be_another_than_the_models(tmp_path, first_stage):
+    """A model whose cells are larger than what its upscaler enlarges by."""
+    from train.tasks.upscaling import Upscaling
+
+    config = load_model(AutoencoderKL, first_stage / "vae").config
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    widths = (config.block_out_channels[0], *config.block_out_channels)
+    save_model(AutoencoderKL(replace(config, **kinds, block_out_channels=widths)), tmp_path / "vae")
+    task = Upscaling(upscaler_recipe(tmp_path / "run", first_stage, autoencoder=str(tmp_path / "vae")))
+    batch = task.batch(Plan(task.buckets, 2, 0).batch(0))
+    assert (task.factor, batch["low_res_noise"].shape, batch["noise"].shape[2:]) == (4, (2, 3, 4, 4), (4, 4))
+    loss, _ = task.module(**batch)
+    assert loss.isfinite().all()
+    small = Upscaling(upscaler_recipe(tmp_path / "run", first_stage))
+    assert small.facts["model"] != task.facts["model"]
+    with pytest.raises(ValueError, match="holds none: name a folder"):
+        Upscaling(upscaler_recipe(tmp_path / "run", first_stage, autoencoder=str(tmp_path / "no")))

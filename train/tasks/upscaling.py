@@ -18,17 +18,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from autoencoder.vae import rescaled
+from autoencoder.vae import AutoencoderKL, rescaled
 from ldm.diffusion.noise import generator
 from ldm.diffusion.objective import WEIGHTS, diffusion_loss, stratified_timesteps
 from ldm.diffusion.scheduler import Scheduler
-from ldm.files.checkpoint import empty_model
+from ldm.files.checkpoint import empty_model, load_model
 from ldm.files.hub import find_folder
 from ldm.formats.kinds import KINDS, MAX_NOISE_LEVEL
 from ldm.model.unet import UNet, UNetConfig, seeing
 from ldm.pipeline import BUNDLED, LatentDiffusionPipeline
 from ldm.recipes.options import Defaults
-from ldm.upscaling import STOCK_SCALE, LatentUpscalePipeline, noised
+from ldm.upscaling import STOCK_SCALE, LatentUpscalePipeline, bundled_folder, noised
+from train.batches.latents import autoencoder_folder
 from train.batches.plan import Draw, fixed_draws, normal, spread, uniform
 from train.config import to_mapping
 from train.data.captions import Captions, chances, every
@@ -48,6 +49,7 @@ class UpscalerRecipe(FitConfig):
     """Training of an upscaler, the second stage of a cascade."""
 
     model: str = "bundled"  # pipeline whose autoencoder and text encoder it uses: folder, hub id, bundled
+    autoencoder: str | None = None  # another, whose cells are as many pixels as it enlarges; or bundled
     data: DataConfig = field(default_factory=DataConfig)
     crop: int = 128  # pixels a side of what a step sees of each picture of data.size
     max_noise_level: int = MAX_NOISE_LEVEL  # of the small pictures: levels from 0 to below this one, of 1000
@@ -81,6 +83,12 @@ class UpscalerRecipe(FitConfig):
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout={self.caption_dropout}: a fraction lies between 0 and 1")
         empty_model(UNet, self.unet)  # what does not fit is found out before anything is read
+
+
+def other_autoencoder(path: str) -> AutoencoderKL:
+    """The one that a recipe names, or the bundled upscaler's. Raises ValueError if there is none."""
+    folder = bundled_folder() if path == "bundled" else Path(path)
+    return load_model(AutoencoderKL, autoencoder_folder(folder)).float()
 
 
 class SuperResolution(nn.Module):
@@ -126,9 +134,10 @@ class Upscaling:
         self.buckets = [range(len(self.squares))]
         folder = BUNDLED if recipe.model == "bundled" else find_folder(recipe.model)
         model = LatentDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+        vae = model.vae if recipe.autoencoder is None else other_autoencoder(recipe.autoencoder)
         torch.manual_seed(recipe.seed)  # initial weights
         self.pipe = LatentUpscalePipeline(
-            vae=rescaled(model.vae, STOCK_SCALE),  # what stock diffusers takes it for
+            vae=rescaled(vae, STOCK_SCALE),  # what stock diffusers takes it for
             text_encoder=model.text_encoder,
             tokenizer=model.tokenizer,
             unet=UNet(recipe.unet),
@@ -150,7 +159,8 @@ class Upscaling:
             "crop": recipe.crop,
             "flip": recipe.data.flip,
             "model": {
-                name: weights_sha256(getattr(model, name).state_dict()) for name in ("vae", "text_encoder")
+                "vae": weights_sha256(vae.state_dict()),
+                "text_encoder": weights_sha256(model.text_encoder.state_dict()),
             },
             "unet": to_mapping(recipe.unet),
             "objective": [
