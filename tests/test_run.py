@@ -18,7 +18,7 @@ from train.config import to_yaml
 from train.data.scenes import SceneSource
 from train.data.sources import DataConfig
 from train.fit.checkpoint import load_checkpoint
-from train.fit.record import training_seconds
+from train.fit.record import loss_curve, training_seconds
 from train.measure.evaluation import choose, unseen_data
 from train.measure.judge import SEED_ASKED, book_of, kept_judge
 from train.tasks.autoencoding import AutoencoderRecipe
@@ -76,7 +76,7 @@ def test_one_command_from_pictures_to_a_report(recipes, capsys):
     assert "| UNet | 2 steps |" in report
     assert "model, on 3 captions" in report
     assert "2. two blue rings at night" in report
-    for name in ("prompts", "reconstruction", "judged", "losses"):
+    for name in ("prompts", "reconstruction", "judged", "losses", "training"):
         assert (folder / f"evaluation/{name}.png").is_file()
     assert set(figures["losses"]) == {"loss", *(f"loss_t{62 + 125 * k:03d}" for k in range(8))}
 
@@ -172,3 +172,16 @@ def test_the_time_of_a_stage_is_that_of_all_its_steps(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 5, "l')
     assert training_seconds(tmp_path, batch_size=8) == pytest.approx(2 * 8 / 4 + 8 / 2)
     assert training_seconds(tmp_path / "nothing", batch_size=8) is None
+
+
+def test_the_loss_curve_is_of_means(tmp_path):
+    """Of equal parts of the training steps, whatever else is written between; no steps, no curve."""
+    lines = [{"step": step, "loss": float(step), "lr": 0.1} for step in range(1, 8)]
+    lines.insert(3, {"step": 3, "validation_loss": 100.0})
+    lines[1]["loss"] = None
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 8,'
+    )
+    assert loss_curve(tmp_path, 3) == [(3.0, 2.0), (5.0, 4.5), (7.0, 6.5)]
+    assert loss_curve(tmp_path) == [(float(k), float(k)) for k in (1, 3, 4, 5, 6, 7)]
+    assert loss_curve(tmp_path / "nothing") == []

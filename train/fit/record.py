@@ -234,13 +234,29 @@ def minutes(seconds: float) -> str:
 
 def training_seconds(folder: Path, batch_size: int) -> float | None:
     """What the steps in metrics.jsonl took, by the speeds it notes; None where there are none."""
-    path, total, steps = folder / "metrics.jsonl", 0.0, 0
-    for text in path.read_text().splitlines() if path.exists() else []:
-        line = json.loads(text) if step_of(text) < math.inf else {}
-        steps += "lr" in line  # else it is a validation, or was cut short
+    total, steps = 0.0, 0
+    for line in steps_of(folder):
+        steps += 1
         if speed := line.get("samples_per_second"):
             total, steps = total + steps * batch_size / speed, 0
     return total or None
+
+
+def steps_of(folder: Path) -> Iterator[dict[str, Any]]:
+    """What metrics.jsonl says of each step of training, without validations and what a kill cut short."""
+    path = folder / "metrics.jsonl"
+    for text in path.read_text().splitlines() if path.exists() else []:
+        line = json.loads(text) if step_of(text) < math.inf else {}
+        if "lr" in line:
+            yield line
+
+
+def loss_curve(folder: Path, points: int = 100) -> list[tuple[float, float]]:
+    """The training's loss: (last step, mean) of each of so many equal parts of the steps, fewer of few."""
+    steps = [(line["step"], line["loss"]) for line in steps_of(folder) if line["loss"] is not None]
+    length = -(-len(steps) // points)
+    parts = [steps[start : start + length] for start in range(0, len(steps), max(length, 1))]
+    return [(float(part[-1][0]), sum(loss for _, loss in part) / len(part)) for part in parts]
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from train.data.scenes import Split
 from train.data.sources import STYLES, DataConfig, open_source
 from train.data.squares import Squares
 from train.fit.loop import cpu_only
-from train.fit.record import minutes
+from train.fit.record import loss_curve, minutes
 from train.measure.fidelity import before_and_after
 from train.measure.fidelity import judge as fidelity_of
 from train.measure.judge import SEED_TEST, book_of, kept_judge
@@ -141,6 +141,8 @@ def measure(
     losses = validation_losses(pipe, latents, buckets)
     levels = [(float(level), loss) for level, loss in by_level(losses).items()]
     plot({"loss": levels}, linear(TIMESTEP), logarithmic("loss"), folder / "losses.png")
+    if curve := loss_curve(Path(recipe.output)):
+        plot({"loss": curve}, linear("step"), logarithmic("weighted loss"), folder / "training.png")
     captions = [latents.captions[index][0] for index in sample.indices]
     prompts = list(recipe.prompts) or [captions[place] for place in spread(len(captions), SHOWN)]
     size = recipe.data.size
@@ -256,6 +258,8 @@ def markdown(name: str, stages: Sequence[Passed], figures: Figures) -> str:
         table(levels),
         "![loss by timestep](evaluation/losses.png)",
         *([table(by_size)] if by_size else []),
+        "Its training, the mean of each hundredth of the steps:",
+        "![loss by step](evaluation/training.png)",
         *(
             ["Does it draw what it is asked? On held-out combinations:", figures.verdict]
             if figures.verdict
