@@ -1,9 +1,9 @@
 """An autoencoder that grows: pictures twice as large, and the latents that a smaller one knows.
 
 What was trained on those latents draws twice as large without training. A level is added in front of the
-encoder and behind the decoder, as Karras et al. 2018 (section 2) grow a GAN; all else goes on from the small
-one, and the new level starts as good as nothing: it averages pixels, and it repeats them (Chen et al. 2016,
-Net2Net, section 2).
+encoder and behind the decoder, as Karras et al. 2018 (section 2) grow a GAN. Where the widths are the same
+all else goes on from the small one, and the new level starts as good as nothing: it averages pixels, and it
+repeats them (Chen et al. 2016, Net2Net, section 2).
 """
 
 from __future__ import annotations
@@ -15,35 +15,33 @@ from torch import Tensor, nn
 
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig, Posterior
 
-FREE = ("sample_size", "down_block_types", "up_block_types", "block_out_channels")
+FREE = ("down_block_types", "up_block_types", "block_out_channels", "layers_per_block", "norm_num_groups")
+NOTES = ("sample_size", "force_upcast")  # any weights do with any value
 MEASURED = ("scaling_factor", "shift_factor", *AutoencoderKLConfig.OPTIONAL)  # of the latents
 
 
 def grown(small: AutoencoderKL, config: AutoencoderKLConfig) -> AutoencoderKL:
-    """An autoencoder of `config` with what `small` knows and the scale of its latents.
+    """An autoencoder of `config` with the latents of `small`: what fits it of its weights, and their scale.
 
-    Raises ValueError unless config is that of `small` with one level more, of the largest pictures.
+    All of them fit if config is that of `small` with a level more, of the largest pictures. It may be wider,
+    as a larger picture has more to tell; then it has more to learn. Raises ValueError if it has not one level
+    more, or other latents.
     """
     config = dataclasses.replace(config, **{name: getattr(small.config, name) for name in MEASURED})
     differ = [
         f"{one.name}={getattr(config, one.name)}, not {getattr(small.config, one.name)}"
         for one in dataclasses.fields(config)
-        if one.name not in FREE and getattr(config, one.name) != getattr(small.config, one.name)
+        if one.name not in (*FREE, *NOTES) and getattr(config, one.name) != getattr(small.config, one.name)
     ]
-    ends = (
-        ("block_out_channels", config.block_out_channels[1:], small.config.block_out_channels),
-        ("down_block_types", config.down_block_types[1:], small.config.down_block_types),
-        ("up_block_types", config.up_block_types[:-1], small.config.up_block_types),
-    )
-    differ += [f"{name}: {new} besides the new level, not {old}" for name, new, old in ends if new != old]
+    levels, known = len(config.block_out_channels), len(small.config.block_out_channels)
+    if levels != known + 1:
+        differ.append(f"block_out_channels has {levels} levels, not {known + 1}")
     if differ:
-        raise ValueError(
-            f"the small autoencoder is not the model with its largest level less: {'; '.join(differ)}"
-        )
+        raise ValueError(f"the small autoencoder cannot become the model: {'; '.join(differ)}")
     vae = AutoencoderKL(config)
-    weights, known = vae.state_dict(), small.state_dict()
+    weights, before = vae.state_dict(), small.state_dict()
     for name in weights:
-        old = known.get(name_in_small(name))
+        old = before.get(name_in_small(name))
         if old is not None and old.shape == weights[name].shape:
             weights[name] = old.clone()
     vae.load_state_dict(weights)

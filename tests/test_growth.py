@@ -74,6 +74,15 @@ def test_it_starts_as_the_small_one_of_half_the_size(small):
         torch.testing.assert_close(vae.decode(z), repeated, atol=1e-4, rtol=1e-4)
 
 
+def test_it_may_be_wider(small):
+    """Then it starts with new weights but for the maps of z, and its latents are still the small one's."""
+    little = load_model(AutoencoderKL, small)
+    vae = grown(little, replace(LARGE, block_out_channels=(8, 16, 24), norm_num_groups=4, layers_per_block=2))
+    assert vae.config.scaling_factor == 0.5
+    assert torch.equal(vae.post_quant_conv.weight, little.post_quant_conv.weight)
+    assert vae.decode(vae.encode(smooth(32)).mean).shape == (2, 3, 32, 32)
+
+
 def test_the_distance_is_that_of_the_optimal_map():
     """In one dimension the optimal map takes each quantile to its own: x -> mean + std * z on both sides."""
     one, other = (Posterior(torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double()) for _ in "ab")
@@ -139,7 +148,7 @@ def test_the_command_trains_the_small_one_first(tmp_path, capsys):
     [
         ({"start": "x"}, "leave out start"),
         ({"loss": ReconstructionConfig(equivariance=0.5)}, "have no effect, set them to 0"),
-        ({"model": VAE}, "is not the model with its largest level less: block_out_channels"),
+        ({"model": VAE}, "cannot become the model: block_out_channels has 2 levels, not 3"),
         ({"model": replace(LARGE, latent_channels=3)}, "latent_channels=3, not 4"),
     ],
 )
