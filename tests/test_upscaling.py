@@ -424,6 +424,11 @@ def test_it_learns_one_batch(tmp_path, first_stage):
         ({"prediction": "eps"}, "pure noise tells nothing"),
         ({"weight": "min_snrr"}, "is not one of"),
         ({"caption_dropout": 2.0}, "caption_dropout"),
+        (
+            {"data": DataConfig(size=24, crops=2)},
+            r"data.crops=2 has no effect: an upscaler sees another crop",
+        ),
+        ({"data": DataConfig(size=24, max_aspect=2.0)}, r"max_aspect=2.0 has no effect: an upscaler learns"),
     ],
 )
 def test_recipes_that_cannot_be(tmp_path, options, message):

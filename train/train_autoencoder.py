@@ -17,9 +17,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train.command import command, ended
+from train.command import carry_out, command
 from train.config import parse
-from train.fit.loop import fit
 from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding
 
 DEFAULT = "configs/shapes-autoencoder.yaml"
@@ -28,13 +27,7 @@ DEFAULT = "configs/shapes-autoencoder.yaml"
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit code, 75 when stopped early and resumable."""
     recipe = parse(AutoencoderRecipe, sys.argv[1:] if argv is None else argv, DEFAULT, __doc__ or "")
-    if recipe.plan:
-        from train.fit.planning import Stage, show_plan
-
-        show_plan([Stage("autoencoder", Autoencoding(recipe), recipe)], recipe.price)
-        return 0
-    outcome = fit(Autoencoding(recipe), recipe)
-    return ended(outcome.model, outcome.exit_code)
+    return carry_out("autoencoder", Autoencoding(recipe), recipe)
 
 
 if __name__ == "__main__":
