@@ -18,7 +18,7 @@ from autoencoder.discriminator import (
 )
 from autoencoder.equivariance import shrink, turn
 from autoencoder.loss import ReconstructionConfig, balanced, kl_loss, picture_loss, pixel_loss
-from autoencoder.vae import AutoencoderKL
+from autoencoder.vae import AutoencoderKL, Posterior
 
 RATE = 10.0  # of log_scale: Adam moves a parameter by about the learning rate, and this one has far to go
 Distance = Callable[[Tensor, Tensor], Tensor]  # of two batches of pictures: (B,)
@@ -53,7 +53,20 @@ class Reconstruction(nn.Module):
         turns: Tensor | None = None,
         adversarial: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss (B,) and its parts. image: (B, 3, H, W); noise: (B, C, h, w) for the posterior.
+        """The loss (B,) and its parts. image: (B, 3, H, W); the rest as of `losses`."""
+        return self.losses(self.vae.encode(image), image, noise, added, transformed, turns, adversarial)
+
+    def losses(
+        self,
+        posterior: Posterior,
+        image: Tensor,
+        noise: Tensor,
+        added: Tensor | None = None,
+        transformed: Tensor | None = None,
+        turns: Tensor | None = None,
+        adversarial: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same where the picture's posterior is known. noise: (B, C, h, w), of a sample of it.
 
         added: (B, C, h, w), to the scaled latents. A decoder that has seen noise draws clean pictures from
         latents that are not quite right, as a UNet's are.
@@ -61,7 +74,6 @@ class Reconstruction(nn.Module):
         what is asked of the decoder for latents that are shrunk and turned alike.
         adversarial: (B,), the weight of the adversarial term; None where it has not begun.
         """
-        posterior = self.vae.encode(image)
         z = posterior.sample(noise)
         latents = self.vae.to_latents(z)
         reconstruction = self.vae.decode(latents if added is None else latents + added)
