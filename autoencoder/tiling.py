@@ -13,16 +13,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autoencoder.architecture import Decoder, Encoder, Stage
 from autoencoder.layers import AttentionBlock, GroupNormSiLU, ResnetBlock, Upsample
-
-if TYPE_CHECKING:
-    from autoencoder.vae import Decoder, Encoder, Stage
 
 PIXELS = 2**17  # of a strip, about, at the size of its layer; fewer cost more touching rows
 

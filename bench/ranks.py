@@ -25,9 +25,9 @@ from bench.training import our_step
 from ldm.files.checkpoint import load_model
 from ldm.files.config import read_config, read_json
 from ldm.model.unet import UNetConfig
+from train.batches.cache import made_up
 from train.data.sources import DataConfig
 from train.fit.loop import cpu_only
-from train.fit.planning import made_up
 from train.tasks.diffusion import DiffusionRecipe, LatentDiffusion
 from train.tasks.text import TextConfig
 

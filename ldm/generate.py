@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldm.pipeline import LatentDiffusionPipeline
+    from ldm.recipes.starts import Start
     from ldm.upscaling import LatentUpscalePipeline
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ class Progress:
 
 
 def draw(
-    pipe: LatentDiffusionPipeline, recipe: Recipe, progress: Progress, args: argparse.Namespace
+    pipe: LatentDiffusionPipeline, recipe: Recipe, start: Start, progress: Progress, args: argparse.Namespace
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """The pictures of a recipe, and the sheets of --show-steps and --show-attention.
 
@@ -151,14 +152,12 @@ def draw(
     from ldm.drawing.attention_maps import attention_sheet, maps_of, watched
     from ldm.drawing.outputs import to_pil
     from ldm.drawing.passes import calls_of, drawn
-    from ldm.recipes.starts import start_of
 
     *_, last = passes = calls_of(pipe, recipe)
     shown = {round(index * (last - 1) / max(min(STRIP, last) - 1, 1)) for index in range(min(STRIP, last))}
     guidance, labels = guided(pipe, recipe)
     images, frames, maps = [], [], []
     twin, watcher = watched(pipe) if args.show_attention else (pipe, None)
-    pictures = start_of(recipe)._asdict()
     for index in range(recipe.num_images):
         alone, calls = recipe.of_image(index), itertools.count()
         seen: list[Any] = []
@@ -173,7 +172,7 @@ def draw(
 
         progress.begin(index + 1)
         call = {
-            **pictures,
+            **start._asdict(),
             "prompt": alone.prompt,
             "num_inference_steps": alone.steps,
             "negative_prompt": alone.negative_prompt or None,
@@ -223,11 +222,11 @@ def generate(args: argparse.Namespace) -> Path:
 
     Raises ValueError for what cannot be, before anything is written.
     """
-    settled, source = settle(args)
+    settled, source, start = settle(args)
     paths = outputs(args, settled.get("expanded_from") or settled["prompt"], settled["num_images"])
     pipe, upscaler, recipe = prepare(args, settled, source)
     progress = Progress(args.progress, pipe, recipe.num_images)
-    images, sheets = draw(pipe, recipe, progress, args)
+    images, sheets = draw(pipe, recipe, start, progress, args)
     if upscaler is not None:
         from ldm.command.enlarging import enlarge
 

@@ -23,7 +23,6 @@ from ldm.drawing.given import Given, Pictures
 from ldm.drawing.outputs import FORMATS, OutputType, PipelineOutput
 from ldm.drawing.texts import OneText, TwoTexts, texts_of
 from ldm.formats import stock
-from ldm.formats.single_file import SingleFiles
 from ldm.model.context import Context, Predict
 from ldm.model.unet import UNet
 from ldm.recipes import options
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 BUNDLED = Path(__file__).parent / "bundled"
 
 
-class LatentDiffusionPipeline(SingleFiles, Drawing):
+class LatentDiffusionPipeline(Drawing):
     """Latent diffusion from text, and from pictures. A call changes nothing here: threads may share it.
 
     Arguments of a call that are None take the model's defaults.

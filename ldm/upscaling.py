@@ -26,12 +26,11 @@ from ldm.diffusion.scheduler import Scheduler
 from ldm.diffusion.solvers import SOLVERS
 from ldm.drawing import inputs
 from ldm.drawing.base import Drawing
-from ldm.drawing.devices import default_dtype
 from ldm.drawing.given import Pictures, rows_of
 from ldm.drawing.outputs import FORMATS, OutputType, PipelineOutput
 from ldm.drawing.texts import OneText
 from ldm.formats import stock
-from ldm.formats.kinds import MAX_NOISE_LEVEL, UPSCALE
+from ldm.formats.kinds import MAX_NOISE_LEVEL
 from ldm.model.context import Context
 from ldm.model.unet import UNet, seeing
 from ldm.recipes import options
@@ -142,32 +141,6 @@ class LatentUpscalePipeline(Drawing):
     def bundled(cls, *, dtype: torch.dtype | None = None) -> Self:
         """The small one that comes with this package. Raises ValueError if this installation has none."""
         return cls.from_pretrained(bundled_folder(), dtype=dtype)
-
-    @classmethod
-    def from_single_file(
-        cls, path: str | Path, *, ema: bool = False, dtype: torch.dtype | None = None
-    ) -> Self:
-        """That of a single .safetensors file, such as Stable Diffusion 2's, on the CPU, without network.
-
-        ema: the averaged UNet. dtype: as in from_pretrained.
-        Raises ValueError unless it is whole, and for a model that is no upscaler.
-        """
-        from ldm.formats.single_file import read_single
-
-        pieces = read_single(Path(path), ema=ema)
-        kind = pieces.kind
-        if kind.pipeline != UPSCALE or kind.low_res_scheduler is None:
-            raise ValueError(f"{path} is {kind.title}: expected an upscaler")
-        pipe = cls(
-            **pieces.models(dtype or default_dtype(torch.device("cpu"))),
-            scheduler=Scheduler.from_config(kind.scheduler),
-            low_res_scheduler=Scheduler.from_config(kind.low_res_scheduler),
-            tokenizer=pieces.tokenizer,
-            max_noise_level=MAX_NOISE_LEVEL if kind.max_noise_level is None else kind.max_noise_level,
-            defaults=None if pieces.defaults == options.Defaults() else pieces.defaults,
-        )
-        pipe._dtype_by_device = dtype is None
-        return pipe.to(memory_format=torch.channels_last)
 
     @property
     def layout(self) -> stock.Layout:

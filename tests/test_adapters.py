@@ -15,6 +15,8 @@ from ldm.adapters import deltas, names
 from ldm.adapters.applied import Applied, adaptable
 from ldm.adapters.deltas import Layer
 from ldm.adapters.files import Adapter, read_adapter, write_adapter
+from ldm.drawing.optimize import quantize_maps
+from ldm.model.quantized import MAPS, quantize
 from ldm.model.unet import UNet, UNetConfig
 from ldm.pipeline import LatentDiffusionPipeline
 from tests.tiny import tiny_pipeline
@@ -436,6 +438,39 @@ def test_native_kernels_see_the_weights_of_today(pipe):
     torch.testing.assert_close(picture(pipe), picture(other), atol=2e-3, rtol=0)
     pipe.unload_lora_weights()
     assert torch.equal(picture(pipe), plain)
+
+
+def test_an_adapter_after_whole_numbers_is_in_them(pipe):
+    """On a CPU: the picture is that of a pipeline that had the adapter before."""
+    adapter, other = example(pipe), tiny_pipeline()
+    other._applied.add("a", adapter)
+    try:
+        pipe.optimize(quantize="int8")
+    except ValueError as error:
+        pytest.skip(str(error))
+    other.optimize(quantize="int8")
+    plain = picture(pipe)
+    pipe._applied.add("a", adapter)
+    assert torch.equal(picture(pipe), picture(other))
+    assert not torch.equal(picture(pipe), plain)
+    pipe.unload_lora_weights()
+    assert torch.equal(picture(pipe), plain)
+
+
+@pytest.mark.parametrize("kind", MAPS)
+@torch.no_grad()
+def test_an_adapter_after_8_bits_of_an_accelerator_is_in_them(pipe, kind):
+    quantize_maps(pipe.unet, kind)
+    layer, x = pipe._applied.layers[Q], draw(40, 32)
+    plain = layer(x)
+    pipe._applied.add("a", example(pipe, Q))
+    twin = nn.Linear(32, 32, bias=False)
+    twin.weight = layer.weight
+    assert quantize(twin, kind)
+    assert torch.equal(layer(x), twin(x))
+    assert not torch.equal(layer(x), plain)
+    pipe.disable_lora()
+    assert torch.equal(layer(x), plain)
 
 
 # What cannot be

@@ -22,11 +22,11 @@ from ldm.files.checkpoint import load_model, save_model
 from tests.test_fit import OPTIM, VAE, losses, state, stop_at
 from tests.test_perceptual import weights  # noqa: F401 (a fixture)
 from train import evaluate_autoencoder
-from train.batches.plan import Plan
+from train.batches.plan import Plan, fixed_draws
 from train.data.sources import DataConfig
 from train.fit.checkpoint import load_checkpoint
 from train.fit.loop import fit
-from train.measure.fidelity import judge
+from train.measure.fidelity import encoded, judge
 from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding
 
 ADVERSARY = AdversaryConfig(weight=0.5, start=0.5, width=8, layers=2)
@@ -112,6 +112,26 @@ def test_a_tiny_autoencoder_learns_four_pictures_by_heart(tmp_path):
     Autoencoding(replace(recipe, start=str(tmp_path / "run"), output=str(tmp_path / "more")))
 
 
+def test_a_validation_reads_and_encodes_each_picture_once(tmp_path, monkeypatch):
+    """For the loss and for the fidelity, which are those of either alone."""
+    task = Autoencoding(autoencoder_recipe(tmp_path, data=DataConfig(size=16, length=40)))
+    held_out, plain, seen = list(range(3, 40)), task.vae.encode, []
+    monkeypatch.setattr(task.vae, "encode", lambda image: (seen.append(len(image)), plain(image))[1])
+    with torch.no_grad():
+        told = task.validate([held_out])
+    assert sum(seen) == len(held_out)
+    monkeypatch.undo()
+    batches = task.squares.batches(held_out)
+    assert told["psnr"] == pytest.approx(judge(task.vae, encoded(task.vae, batches)).psnr, rel=1e-5)
+    (one, two) = fixed_draws([held_out])
+    with torch.no_grad():
+        parts = [
+            task.module(**task.seen(draws, task.squares.stack([draw.index for draw in draws])))[0]
+            for draws in (one, two)
+        ]
+    assert told["loss"] == pytest.approx(torch.cat(parts).mean().item(), rel=1e-5)
+
+
 @pytest.mark.slow
 def test_a_strong_kl_falls(tmp_path):
     strong = ReconstructionConfig(kl=10.0, equivariance=0.0)
@@ -159,7 +179,7 @@ def test_perceptual_features_from_files(tmp_path, weights, caplog):  # noqa: F81
 def test_fidelity_of_pictures_and_latents():
     """Against each figure's definition over all pictures at once; batches of any size give the same."""
     vae, image = AutoencoderKL(VAE), torch.rand(5, 3, 16, 24) * 2 - 1
-    got = judge(vae, image.split(2))
+    got = judge(vae, encoded(vae, image.split(2)))
     with torch.no_grad():
         posterior = vae.encode(image)
         decoded = vae.decode(vae.to_latents(posterior.mean)).clamp(-1, 1)
@@ -211,6 +231,11 @@ def test_samples_of_the_prior_are_counted():
     [
         ({"adversary": replace(ADVERSARY, layers=3)}, "needs 24 pixels a side; take fewer layers"),
         ({"loss": ReconstructionConfig(ms_ssim=1.0), "data": DataConfig(size=8)}, "needs pictures of 11"),
+        (
+            {"data": DataConfig(size=16, max_aspect=2.0)},
+            r"data.max_aspect=2.0 has no effect: an autoencoder learns from squares, leave it out",
+        ),
+        ({"data": DataConfig(size=16, max_enlargement=1.5)}, r"data.max_enlargement=1.5 has no effect"),
     ],
 )
 def test_errors(tmp_path, options, message):

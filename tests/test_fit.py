@@ -296,9 +296,8 @@ def test_a_unet_that_is_told_more_than_captions_is_refused(tmp_path):
         diffusion_recipe(tmp_path, unet=replace(UNET, addition_embed_type="text_time", **more))
 
 
-@pytest.mark.parametrize(
-    "objective", [ObjectiveConfig(), *(pytest.param(one, marks=pytest.mark.slow) for one in (FLOW, BALANCED))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", [ObjectiveConfig(), FLOW, BALANCED])
 def test_diffusion_learns_one_batch(tmp_path, autoencoder, objective):
     optim = replace(OPTIM, lr=1e-2)
     recipe = diffusion_recipe(tmp_path / "run", steps=60, optim=optim, objective=objective)

@@ -1,12 +1,14 @@
 """The rules of the house: direction of imports, a fast start, no torchvision, short rooms, all data found."""
 
 import ast
+import copy
 import importlib
 import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,12 @@ COMMANDS = [
 ]
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """The code of a file; several rules look at each."""
+    return ast.parse(path.read_text())
+
+
 def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
     """Line and top-level name of every absolute import under tree; a relative one stays in its package."""
     for node in ast.walk(tree):
@@ -80,7 +88,7 @@ def at_import(tree: ast.Module) -> ast.Module:
         def visit_If(self, node: ast.If) -> ast.AST | None:
             return None if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
 
-    return Cut().visit(tree)
+    return Cut().visit(copy.deepcopy(tree))
 
 
 def names(path: Path) -> str:
@@ -101,7 +109,7 @@ def test_imports_point_one_way(package):
     for path in (ROOT / package).rglob("*.py"):
         wrong = [
             f"{names(path)}:{line} imports {name}"
-            for line, name in imported(ast.parse(path.read_text()))
+            for line, name in imported(parsed(path))
             if name in forbidden
         ]
         assert not wrong
@@ -111,7 +119,7 @@ def test_imports_point_one_way(package):
 def test_slow_libraries_load_late(package):
     """A picture needs none of them, and they cost seconds: they are imported inside the functions that do."""
     for path in (ROOT / package).rglob("*.py"):
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         never = {name for _, name in imported(tree)} & NEVER_IN_LDM
         assert not never, f"{names(path)} may never import {never}"
         early = {name for _, name in imported(at_import(tree))} & LATE
@@ -141,7 +149,7 @@ print(before == state())
 def test_torchvision_is_nowhere():
     """Its wheels want a CUDA build of torch; beside another torch it breaks diffusers and transformers."""
     for path in SOURCES:
-        assert "torchvision" not in {name for _, name in imported(ast.parse(path.read_text()))}, names(path)
+        assert "torchvision" not in {name for _, name in imported(parsed(path))}, names(path)
     assert "torchvision" not in (ROOT / "pyproject.toml").read_text()
     assert "torchvision" not in (ROOT / "constraints.txt").read_text()
 
@@ -162,7 +170,7 @@ def test_every_module_imports_without_torchvision():
 def test_rooms_are_small(path):
     text = path.read_text()
     lines = {names(path): (text.count("\n"), MAX_LINES)}
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines[f"{names(path)}:{node.name}"] = (node.end_lineno - node.lineno + 1, MAX_FUNCTION_LINES)
     long = {name: count for name, (count, limit) in lines.items() if count > limit and name not in LONG}

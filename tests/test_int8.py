@@ -113,6 +113,17 @@ def test_weights_are_packed_anew_when_they_change():
     assert error(int8.linear(x, packed()), layer(x).double()) < 0.03
 
 
+def test_weights_in_the_place_of_others_are_packed_anew():
+    """As an adapter's can be, which are made where those of another were."""
+    place = randn(64, 32).numpy()
+    layer, x = torch.nn.Linear(32, 64).requires_grad_(False), randn(5, 32)
+    packed = int8.Packed(layer)
+    for seed in (1, 2):
+        place[:] = randn(64, 32, seed=seed).numpy()  # which counts as no change
+        layer.weight = torch.nn.Parameter(torch.from_numpy(place), requires_grad=False)
+        assert error(int8.linear(x, packed()), layer(x).double()) < 0.03
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cpu", ["haswell", "skylake-avx512", "cascadelake", "alderlake"])
 def test_the_kernel_is_of_the_instructions_for_it(cpu, tmp_path):

@@ -16,7 +16,7 @@ from tests.test_fit import autoencoder, diffusion_recipe, latents, losses, state
 from tests.test_train_scripts import run
 from train.fit.checkpoint import load_checkpoint
 from train.fit.loop import fit, warn_of_one_rank
-from train.fit.shards import sharding, wants_shards
+from train.fit.shards import sharding, wants_shards, warn_of_wrapping
 from train.tasks.diffusion import LatentDiffusion
 
 __all__ = ["autoencoder"]  # a fixture
@@ -110,6 +110,18 @@ def test_what_cuts_weights_otherwise_is_refused(monkeypatch):
             one.setenv(f"FSDP_{name}", "true")
             with pytest.raises(ValueError, match=f"fsdp_{name.lower()}.*=True is not done here"):
                 sharding(DistributedType.MULTI_CPU, "adamw")
+
+
+def test_blocks_that_the_launcher_names_have_no_effect_and_that_is_told(monkeypatch, caplog):
+    """accelerate config asks for them, so they are no error."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    warn_of_wrapping(None)
+    for policy in ("NO_WRAP", "TRANSFORMER_BASED_WRAP"):
+        assert not caplog.text
+        monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", policy)
+        warn_of_wrapping(sharding(DistributedType.MULTI_CPU, "adamw"))
+    assert "fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP has no effect: the blocks are always" in caplog.text
 
 
 def test_one_process_in_place_of_two_is_told(monkeypatch, caplog):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from ldm import generate
 from ldm.recipes.picture import read_recipe
 from ldm.recipes.recipe import parse_parameters
 from ldm.recipes.requests import Request
-from ldm.recipes.starts import extended, first_size
+from ldm.recipes.starts import extended, first_size, read_picture
 from tests.test_generate import RECIPE
 from tests.test_tasks import KEPT, MASK, PICTURE, PROMPT
 from tests.tiny import tiny_pipeline
@@ -71,6 +72,23 @@ def test_a_masked_picture_and_its_repetition(run, tmp_path):
     for name in ("x-1.png", "x-2.png"):
         assert np.array_equal(pixels(name)[KEPT], np.asarray(PICTURE)[KEPT])
         assert repeats(run, name)
+
+
+def test_pictures_are_decoded_once(run, monkeypatch):
+    """Of many lines twice: all are looked at before a model is loaded, and none is held until it is drawn."""
+    seen: Counter[str] = Counter()
+
+    def counting(path: str, name: str = "image") -> Image.Image:
+        seen[path] += 1
+        return read_picture(path, name)
+
+    monkeypatch.setattr("ldm.recipes.starts.read_picture", counting)
+    asked = ["--image=cat.png", "--mask=mask.png", "--steps=1", "--seed=1", "--output=x.png"]
+    assert run(PROMPT, *asked) == (0, "")
+    assert seen == {"cat.png": 1, "mask.png": 1}
+    Path("x.jsonl").write_text(json.dumps({"prompt": PROMPT, "image": "cat.png", "mask": "mask.png"}))
+    assert run("--prompts=x.jsonl", "--output=out", "--steps=1", "--seed=1", "--progress=none")[0] == 0
+    assert seen == {"cat.png": 3, "mask.png": 3}
 
 
 def test_painting_on_beyond_the_sides(run, tmp_path):

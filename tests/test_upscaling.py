@@ -219,8 +219,14 @@ def test_a_single_file_of_an_upscaler(pipe, tmp_path):
     again = LatentUpscalePipeline.from_single_file(tmp_path / "upscaler.safetensors", dtype=torch.float32)
     want = pipe(PROMPT, pictures(), seed=1, **SMALL).images
     torch.testing.assert_close(again(PROMPT, pictures(), seed=1, **SMALL).images, want, atol=1e-4, rtol=0)
+    again.save_single_file(tmp_path / "again.safetensors")
+    once_more = LatentUpscalePipeline.from_single_file(tmp_path / "again.safetensors", dtype=torch.float32)
+    assert once_more.max_noise_level == pipe.max_noise_level
+    assert once_more.low_res_scheduler.config["beta_end"] == LOW_RES.config["beta_end"]
     tiny_pipeline().save_single_file(tmp_path / "tiny.safetensors")
-    with pytest.raises(ValueError, match="is a model from text to image: expected an upscaler"):
+    with pytest.raises(
+        ValueError, match=r"from text to image .*: load it by LatentDiffusionPipeline\.from_single"
+    ):
         LatentUpscalePipeline.from_single_file(tmp_path / "tiny.safetensors")
     with pytest.raises(ValueError, match=r"load it by LatentUpscalePipeline\.from_single_file"):
         LatentDiffusionPipeline.from_single_file(tmp_path / "upscaler.safetensors")
@@ -264,6 +270,13 @@ def test_a_cascade_on_the_command_line_and_its_repetition(command, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert command("--from=a.png", "--upscale-noise=45", "--output=c.png")[0] == 0
     assert Image.open("c.png").tobytes() != picture.tobytes()
+    Path("upscaler").rename("elsewhere")
+    status, err = command("--from=a.png", "--output=d.png")
+    assert status == 2
+    assert "no such folder upscaler" in err
+    assert "has it moved? Say by --upscale where it is" in err
+    assert command("--from=a.png", "--upscale=elsewhere", "--output=d.png")[0] == 0
+    assert Image.open("d.png").tobytes() == picture.tobytes()
 
 
 @pytest.mark.slow
@@ -426,6 +439,11 @@ def test_it_learns_one_batch(tmp_path, first_stage):
         ({"prediction": "eps"}, "pure noise tells nothing"),
         ({"weight": "min_snrr"}, "is not one of"),
         ({"caption_dropout": 2.0}, "caption_dropout"),
+        (
+            {"data": DataConfig(size=24, crops=2)},
+            r"data.crops=2 has no effect: an upscaler sees another crop",
+        ),
+        ({"data": DataConfig(size=24, max_aspect=2.0)}, r"max_aspect=2.0 has no effect: an upscaler learns"),
     ],
 )
 def test_recipes_that_cannot_be(tmp_path, options, message):

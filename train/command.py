@@ -1,4 +1,4 @@
-"""How a training command ends: one line for what its user can mend, and an exit code."""
+"""What training commands have in common: one line for what their user can mend, and an exit code."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from train.fit.state import FitConfig, Task
 
 
 class RunFailed(RuntimeError):
@@ -35,6 +39,22 @@ def command(main: Callable[[Sequence[str]], int]) -> None:
         logger.removeHandler(handler)
         leave_group()
     sys.exit(code)
+
+
+def carry_out(name: str, task: Task, recipe: FitConfig) -> int:
+    """Train a task as its recipe says, or with recipe.plan print what that will take; the exit code.
+
+    name: of the task, in what is printed.
+    """
+    if recipe.plan:
+        from train.fit.planning import Stage, show_plan  # which knows all tasks
+
+        show_plan([Stage(name, task, recipe)], recipe.price)
+        return 0
+    from train.fit.loop import fit  # which imports this module
+
+    outcome = fit(task, recipe)
+    return ended(outcome.model, outcome.exit_code)
 
 
 def ended(model: Path, exit_code: int) -> int:

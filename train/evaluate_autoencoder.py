@@ -33,7 +33,7 @@ from train.data.pictures import grid, to_images
 from train.data.sources import DataConfig
 from train.data.squares import Squares
 from train.measure.features import perceptual_distance
-from train.measure.fidelity import Fidelity, judge, reconstruct
+from train.measure.fidelity import Fidelity, encoded, judge, reconstruct
 
 COLUMNS = 8  # of the sheet
 
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     squares = Squares(DataConfig(source=recipe.data, size=size, split=recipe.split))  # type: ignore[arg-type]
     chosen = spread(len(squares), recipe.count)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    fidelity = judge(vae.to(device), squares.batches(chosen), distance)
+    fidelity = judge(vae, encoded(vae.to(device), squares.batches(chosen)), distance)
     print(tables(fidelity, len(chosen), size))
     with torch.no_grad():
         shown = squares.stack(chosen[: 2 * COLUMNS])

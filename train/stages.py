@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from accelerate import PartialState
 
-from train.batches.encoding import compute_latents
+from train.batches.cache import cached_latents
 from train.batches.latents import Latents, autoencoder_folder
 from train.batches.plan import split_batch
 from train.config import is_recipe, read_recipe
@@ -68,15 +68,9 @@ def train_stages(recipe: DiffusionRecipe) -> Iterator[Passed]:
             yield passed
             if passed.exit_code:
                 return
-    autoencoder, cache = autoencoder_of(recipe), cache_of(recipe)
+    autoencoder, cache = autoencoder_of(recipe), recipe.cache
     begin, before = time.monotonic(), shards_in(cache)
-    latents = compute_latents(
-        recipe.data,
-        autoencoder,
-        cache,
-        masks=recipe.objective.mask_weight != 1,
-        accept_new_data=recipe.accept_new_data and recipe.latents is None,
-    )
+    latents = cached_latents(recipe, autoencoder, recipe.objective.mask_weight != 1)
     shards = shards_in(cache)
     computed = len(shards - before)
     spent = time.monotonic() - begin
@@ -153,11 +147,6 @@ def autoencoder_of(recipe: DiffusionRecipe) -> Path:
     return autoencoder_folder(recipe.autoencoder)
 
 
-def cache_of(recipe: DiffusionRecipe) -> Path:
-    """The folder of the latents."""
-    return Path(recipe.latents or Path(recipe.output, "latents"))
-
-
 def shards_in(cache: Path) -> set[tuple[str, int]]:
     """Name and time of each shard, in nanoseconds: one that is computed anew is another."""
     return {(path.name, path.stat().st_mtime_ns) for path in cache.glob("latents-*.safetensors")}
@@ -172,7 +161,8 @@ def describe(latents: Latents) -> str:
 
 def autoencoder_stage(recipe: DiffusionRecipe) -> AutoencoderRecipe:
     """The autoencoder's recipe on this run's data."""
-    return stage_of(recipe, read_recipe(AutoencoderRecipe, recipe.autoencoder), "autoencoder")
+    squares = dataclasses.replace(recipe, data=recipe.data.squares)
+    return stage_of(squares, read_recipe(AutoencoderRecipe, recipe.autoencoder), "autoencoder")
 
 
 def text_encoder_stage(recipe: DiffusionRecipe) -> ContrastiveRecipe:

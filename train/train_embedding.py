@@ -18,11 +18,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train.command import command, ended
+from train.command import carry_out, command
 from train.config import parse
-from train.fit.loop import fit
 from train.tasks.embedding import Embedding, EmbeddingRecipe
-from train.tasks.tuning import latents_of, made_up_latents, model_folder
+from train.tasks.tuning import latents_of, model_folder
 
 DEFAULT = "configs/embedding.yaml"
 
@@ -31,14 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit code, 75 when stopped early and resumable."""
     recipe = parse(EmbeddingRecipe, sys.argv[1:] if argv is None else argv, DEFAULT, __doc__ or "")
     folder = model_folder(recipe)
-    if recipe.plan:
-        from train.fit.planning import Stage, show_plan
-
-        task = Embedding(recipe, folder, made_up_latents(recipe, folder))
-        show_plan([Stage("embedding", task, recipe)], recipe.price)
-        return 0
-    outcome = fit(Embedding(recipe, folder, latents_of(recipe, folder)), recipe)
-    return ended(outcome.model, outcome.exit_code)
+    return carry_out("embedding", Embedding(recipe, folder, latents_of(recipe, folder)), recipe)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@
   accelerate launch --use_fsdp --fsdp_version 2 train/train_ldm.py     weights in shards, one a rank
 
 This trains the autoencoder (unless the recipe names a trained one), computes the latents, trains the text
-encoder on them where the recipe names a recipe for it, and then the UNet. The run folder gets checkpoints,
+encoder on them where the recipe names a recipe for it, and then the UNet. --steps and the other options of a
+training are the UNet's: a short first try needs a copy of those recipes with fewer steps, named by
+--autoencoder and --text_encoder.path, or a trained autoencoder's folder. The run folder gets checkpoints,
 metrics.jsonl, samples/ and, at the end, model/: draw with
 `python -m ldm.generate "a red circle" --model RUN/model`. A run that is stopped ends with exit code 75 (which
 accelerate launch turns into 1), and the same command goes on where it stopped.

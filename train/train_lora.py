@@ -20,12 +20,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train.command import command, ended
+from train.command import carry_out, command
 from train.config import parse
-from train.fit.loop import fit
 from train.tasks.lora import Lora, LoraRecipe
 from train.tasks.prior import prior_latents
-from train.tasks.tuning import latents_of, made_up_latents, model_folder
+from train.tasks.tuning import latents_of, model_folder
 
 DEFAULT = "configs/lora.yaml"
 
@@ -34,15 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit code, 75 when stopped early and resumable."""
     recipe = parse(LoraRecipe, sys.argv[1:] if argv is None else argv, DEFAULT, __doc__ or "")
     folder = model_folder(recipe)
-    if recipe.plan:
-        from train.fit.planning import Stage, show_plan
-
-        latents = made_up_latents(recipe, folder)
-        prior = latents if recipe.prior.prompt else None
-        show_plan([Stage("adapters", Lora(recipe, folder, latents, prior), recipe)], recipe.price)
-        return 0
-    outcome = fit(Lora(recipe, folder, latents_of(recipe, folder), prior_latents(recipe, folder)), recipe)
-    return ended(outcome.model, outcome.exit_code)
+    latents, prior = latents_of(recipe, folder), prior_latents(recipe, folder)
+    return carry_out("adapters", Lora(recipe, folder, latents, prior), recipe)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from autoencoder.vae import AutoencoderKL
-from ldm.files.checkpoint import load_model
-from train.batches.encoding import compute_latents
+from train.batches.cache import cached_latents
 from train.batches.latents import autoencoder_folder
-from train.command import command, ended
+from train.command import carry_out, command
 from train.config import parse
-from train.fit.loop import fit
 from train.tasks.contrastive import Contrastive, ContrastiveRecipe
 from train.tasks.text import tell_lengths
 
@@ -33,19 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit code, 75 when stopped early and resumable."""
     recipe = parse(ContrastiveRecipe, sys.argv[1:] if argv is None else argv, DEFAULT, __doc__ or "")
     autoencoder = autoencoder_folder(recipe.autoencoder)
-    if recipe.plan:
-        from train.fit.planning import Stage, made_up, show_plan
-
-        model = load_model(AutoencoderKL, autoencoder).config
-        task = Contrastive(recipe, autoencoder, made_up(recipe.data, model))
-        show_plan([Stage("text encoder", task, recipe)], recipe.price)
-        return 0
-    folder = Path(recipe.latents or Path(recipe.output, "latents"))
-    latents = compute_latents(recipe.data, autoencoder, folder)
+    latents = cached_latents(recipe, autoencoder)
     task = Contrastive(recipe, autoencoder, latents)
-    tell_lengths(task.tokenizer, latents.captions.values())
-    outcome = fit(task, recipe)
-    return ended(outcome.model, outcome.exit_code)
+    if not recipe.plan:
+        tell_lengths(task.tokenizer, latents.captions.values())
+    return carry_out("text encoder", task, recipe)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the packages lie one folder above this one
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train.command import command, ended
+from train.command import carry_out, command
 from train.config import parse
-from train.fit.loop import fit
 from train.tasks.upscaling import UpscalerRecipe, Upscaling
 
 DEFAULT = "configs/pictograms-upscaler.yaml"
@@ -35,14 +34,7 @@ DEFAULT = "configs/pictograms-upscaler.yaml"
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit code, 75 when stopped early and resumable."""
     recipe = parse(UpscalerRecipe, sys.argv[1:] if argv is None else argv, DEFAULT, __doc__ or "")
-    task = Upscaling(recipe)
-    if recipe.plan:
-        from train.fit.planning import Stage, show_plan
-
-        show_plan([Stage("upscaler", task, recipe)], recipe.price)
-        return 0
-    outcome = fit(task, recipe)
-    return ended(outcome.model, outcome.exit_code)
+    return carry_out("upscaler", Upscaling(recipe), recipe)
 
 
 if __name__ == "__main__":

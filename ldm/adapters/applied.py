@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ldm.adapters import names
 from ldm.adapters.deltas import Layer
 from ldm.adapters.files import Adapter
+from ldm.model.quantized import renew
 
 log = logging.getLogger(__name__)
 
@@ -97,13 +98,16 @@ class Applied:
             for path, shares in wanted.items()
             if path not in self._placed or self._placed[path][1] != shares
         }
-        for path in self._placed.keys() - wanted.keys():
+        gone = self._placed.keys() - wanted.keys()
+        for path in gone:
             weight, _ = self._placed.pop(path)
             self.layers[path].weight = follow(self._originals.pop(path), weight)
         for path, parameter in made.items():
             self._originals.setdefault(path, parameter_of(self.layers[path]))
             self._placed[path] = parameter, wanted[path]
             self.layers[path].weight = parameter
+        for path in gone | made.keys():
+            renew(self.layers[path])
         self.state = state
 
     @torch.no_grad()

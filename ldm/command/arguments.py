@@ -11,11 +11,14 @@ import difflib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ldm.recipes import options
 from ldm.recipes.noted import find_noted
 from ldm.recipes.recipe import Recipe
+
+if TYPE_CHECKING:
+    from ldm.recipes.starts import Start
 
 log = logging.getLogger(__name__)
 
@@ -293,12 +296,12 @@ def forget(settled: dict[str, Any], args: argparse.Namespace) -> None:
             settled.pop(other, None)
 
 
-def settle_files(settled: dict[str, Any], args: argparse.Namespace) -> None:
-    """Notes the files that args name, and settles what they leave open.
+def settle_files(settled: dict[str, Any], args: argparse.Namespace) -> Start:
+    """The pictures of the files that args or the recipe name, whose options are noted and settled.
 
     Raises ValueError for those that cannot be read, and for options that do not go together.
     """
-    from ldm.recipes.starts import noted, read_picture, settle_start
+    from ldm.recipes.starts import noted, settle_start, start_of
 
     if args.variation_seed is None and not settled.get("variation_strength"):
         settled.pop("variation_seed", None)  # of a picture whose variation is switched off
@@ -307,13 +310,19 @@ def settle_files(settled: dict[str, Any], args: argparse.Namespace) -> None:
         raise ValueError("--show-attention shows one pass: leave it out, or --two-pass")
     for name in ("image", "mask"):
         if getattr(args, name) is not None:
-            settled[name] = noted(getattr(args, name), name)
+            settled[name] = getattr(args, name)
     settled["extend"] = settled.get("extend") and tuple(settled["extend"])
-    settle_start(settled, read_picture(settled["image"][0]) if settled.get("image") else None)
+    start = start_of(settled)
+    settle_start(settled, start.image)
+    for name in ("image", "mask"):
+        if getattr(args, name) is not None:
+            settled[name] = noted(settled[name])
+    return start
 
 
-def settle(args: argparse.Namespace) -> tuple[dict[str, Any], Recipe | None]:
-    """The options by Recipe's names, from the command line, else from --from, and that picture's recipe.
+def settle(args: argparse.Namespace) -> tuple[dict[str, Any], Recipe | None, Start]:
+    """The options by Recipe's names, from the command line, else from --from; that picture's recipe; and the
+    pictures to start from, which are read once.
 
     Raises ValueError for what cannot be.
     """
@@ -346,13 +355,13 @@ def settle(args: argparse.Namespace) -> tuple[dict[str, Any], Recipe | None]:
         settled["expanded_from"] = None
     check_led(settled, args)
     options.check_request(settled)
-    settle_files(settled, args)
+    start = settle_files(settled, args)
     if args.expand is not None:
         from ldm.recipes.expansion import by_command
 
         settled["expanded_from"] = settled.get("expanded_from") or settled["prompt"]
         settled["prompt"] = by_command(args.expand)(settled["expanded_from"])
-    return settled, recipe
+    return settled, recipe, start
 
 
 def check_led(settled: dict[str, Any], args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ def load_upscaler(
     fetch: whether it may come from the hub. Raises ValueError if there is no such upscaler or level.
     """
     name = settled["upscaler"]
-    folder = bundled_folder() if name == BUNDLED else find_folder(name, fetch=fetch)
+    folder = bundled_folder() if name == BUNDLED else find_folder(name, fetch=fetch, option="--upscale")
     pipe = LatentUpscalePipeline.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
     options.check_noise_level(settled["upscale_noise"], pipe.noisiest)
     digest = model_hash([folder / part for part in UPSCALER.models])

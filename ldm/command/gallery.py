@@ -24,7 +24,7 @@ from ldm.recipes import options
 from ldm.recipes.picture import check_output, read_recipe, save_picture
 from ldm.recipes.recipe import Recipe
 from ldm.recipes.requests import Request, pack, read_requests
-from ldm.recipes.starts import noted, start_of
+from ldm.recipes.starts import noted, settle_start, start_of
 
 # What may differ in the recipe of a picture that is there: its last bits, and what the model is called.
 NOTES = ("model", "variant", "device", "optimize", "version", "torch")
@@ -90,7 +90,7 @@ def draw_gallery(args: argparse.Namespace) -> Path:
     rank = Rank.of_environment()
     folder = check_arguments(args, rank)
     lines = read_requests(args.prompts, asked_of_all(args))
-    check_files(lines)
+    lines = with_starts(lines)
     from ldm.drawing.many import batch_size_for, draw_batches, settle_requests
 
     pipe, facts = _load(args, lines, rank)
@@ -129,6 +129,7 @@ def check_arguments(args: argparse.Namespace, rank: Rank) -> Path:
             raise ValueError(f"--prompts draws one picture a line: leave out {name}")
     alone = {"--expand": args.expand, "--classifier": args.classifier}
     alone |= {"--classifier-scale": args.classifier_scale, "--classifier-form": args.classifier_form}
+    alone |= {"--guidance": args.guidance, "--threshold": args.threshold, "--worse": args.worse}
     alone |= {"--show-steps": args.show_steps or None, "--show-attention": args.show_attention or None}
     alone |= {"--upscale": args.upscaler, "--upscale-noise": args.upscale_noise}
     for name, value in alone.items():
@@ -154,13 +155,20 @@ def asked_of_all(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def check_files(lines: Mapping[str, Request]) -> None:
-    """Raises ValueError, naming the line, for a picture or a mask that cannot be read."""
+def with_starts(lines: Mapping[str, Request]) -> dict[str, Request]:
+    """The lines, with the size and strength of the pictures that they start from where they leave these open.
+
+    Raises ValueError, naming the line, for a picture or a mask that cannot be read.
+    """
+    settled: dict[str, Request] = {}
     for where, request in lines.items():
+        values = dict(vars(request))
         try:
-            start_of(request)
+            settle_start(values, start_of(values).image)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+        settled[where] = Request(**values)
+    return settled
 
 
 def _load(args: argparse.Namespace, lines: Mapping[str, Request], rank: Rank) -> tuple[Any, dict[str, Any]]:
@@ -186,7 +194,7 @@ def check_lines(pipe: Any, lines: Mapping[str, Request]) -> None:
         texts = (request.prompt, request.negative_prompt or "")
         try:
             check_heard(*texts, pipe.tokenizers, request.prompt_weighting)
-            start = Given.of(*start_of(request), request.strength)
+            start = Given.of(*start_of(vars(request)), request.strength)
             for notice in start.notices(pipe.tableau(request.steps, request.sampler, start.strength)):
                 raise ValueError(notice)
         except ValueError as error:
@@ -196,7 +204,7 @@ def check_lines(pipe: Any, lines: Mapping[str, Request]) -> None:
 def _recipe(request: Request, facts: Mapping[str, Any]) -> Recipe:
     values = {name: value for name, value in vars(request).items() if name != "name"}
     for name in ("image", "mask"):
-        values[name] = values[name] and noted(values[name], name)
+        values[name] = values[name] and noted(values[name])
     values["variation_strength"] = values["variation_strength"] or 0.0
     return Recipe(**values, **facts)
 

@@ -35,7 +35,9 @@ def worse_folder(path: str) -> Path:
     for place in (given, given / "unet", given / "model" / "unet"):
         if (place / "config.json").is_file():
             return place
-    raise ValueError(f"worse={path!r} holds no UNet: name the folder of a pipeline, a run or a UNet's own")
+    raise ValueError(
+        f"worse={path!r} holds no UNet: name by --worse the folder of a pipeline, a run or a UNet"
+    )
 
 
 def find_device(name: str | None, usual: str | None = None) -> torch.device:

@@ -23,6 +23,7 @@ from ldm.drawing.prompting import Prompting
 from ldm.files.hub import find_folder
 from ldm.formats import stock
 from ldm.formats.parts import read_parts, write_parts
+from ldm.formats.single_file import SingleFiles
 from ldm.recipes import options
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Drawing(Prompting, Autoencoding, Adaptable):
+class Drawing(SingleFiles, Prompting, Autoencoding, Adaptable):
     """A pipeline but for its call. A call changes nothing here, so threads may share a pipeline."""
 
     layouts: ClassVar[Mapping[str, stock.Layout]]  # that it can have, by the names in model_index.json

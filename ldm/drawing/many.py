@@ -24,7 +24,7 @@ from ldm.drawing.passes import calls_of, drawn
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.recipes import options
 from ldm.recipes.requests import Request, pack
-from ldm.recipes.starts import first_size, read_picture, settle_start, start_of
+from ldm.recipes.starts import Start, first_size, settle_start, start_of
 
 MAX_BATCH = 64
 PIXELS = 1 << 21  # of a batch on an accelerator: 8 pictures of 512x512
@@ -55,7 +55,8 @@ def settle_requests(pipe: LatentDiffusionPipeline, requests: Mapping[str, Reques
     for where, request in requests.items():
         stated = {name: value for name, value in vars(request).items() if value is not None}
         try:
-            settle_start(stated, None if request.image is None else read_picture(request.image))
+            if request.image is not None and None in (request.width, request.height, request.strength):
+                settle_start(stated, start_of(stated).image)
             seeds = {"seed": seeds_of(request.seed, 1)[0]}
             if stated.get("variation_strength"):
                 seeds["variation_seed"] = seeds_of(None, 1)[0]
@@ -109,16 +110,16 @@ def draw_batches(
     stopped, quiet = threading.Event(), copy.copy(pipe)
     quiet.set_progress_bar_config(disable=True)  # of the copy alone: the caller's bar counts pictures
 
-    def denoise(batch: Sequence[Request]) -> tuple[Sequence[Request], Tensor]:
-        return batch, _latents(quiet, batch, stopped)
+    def denoise(batch: Sequence[Request]) -> tuple[Sequence[Request], list[Start], Tensor]:
+        starts = [start_of(vars(request)) for request in batch]
+        return batch, starts, _latents(quiet, batch, starts, stopped)
 
-    denoised: Iterator[tuple[Sequence[Request], Tensor]] = map(denoise, batches)
+    denoised: Iterator[tuple[Sequence[Request], list[Start], Tensor]] = map(denoise, batches)
     if overlaps(pipe):
         denoised = ahead(denoised, stopped)
-    for batch, latents in denoised:
-        for request, row in zip(batch, latents.split(1), strict=True):
-            start = Given.of(*start_of(request), None)
-            yield request, to_pil(start.finished(pipe.decode(row)))[0]
+    for batch, starts, latents in denoised:
+        for request, start, row in zip(batch, starts, latents.split(1), strict=True):
+            yield request, to_pil(Given.of(*start, None).finished(pipe.decode(row)))[0]
 
 
 def overlaps(pipe: LatentDiffusionPipeline) -> bool:
@@ -129,7 +130,9 @@ def overlaps(pipe: LatentDiffusionPipeline) -> bool:
     return pipe.device.type == "cuda" and not pipe.offloaded
 
 
-def _latents(pipe: LatentDiffusionPipeline, batch: Sequence[Request], stopped: threading.Event) -> Tensor:
+def _latents(
+    pipe: LatentDiffusionPipeline, batch: Sequence[Request], starts: Sequence[Start], stopped: threading.Event
+) -> Tensor:
     """Latents (B, C, h, w) of alike requests. Raises InterruptedError within a step after stopped is set."""
     first = batch[0]
 
@@ -138,7 +141,6 @@ def _latents(pipe: LatentDiffusionPipeline, batch: Sequence[Request], stopped: t
             raise InterruptedError
 
     negatives = [request.negative_prompt or None for request in batch]
-    starts = [start_of(request) for request in batch]
     pictures = {
         name: None if getattr(starts[0], name) is None else [getattr(start, name) for start in starts]
         for name in starts[0]._fields

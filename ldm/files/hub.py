@@ -28,10 +28,13 @@ TEXTS = (
 PATIENCE = 3.0  # seconds for the hub's first answer; without network its own library tries for minutes
 
 
-def find_folder(name: str | os.PathLike[str], variant: str | None = None, *, fetch: bool = True) -> Path:
+def find_folder(
+    name: str | os.PathLike[str], variant: str | None = None, *, fetch: bool = True, option: str = "--model"
+) -> Path:
     """The folder of a pipeline: a local one, or the cached or downloaded copy of a hub repository.
 
-    fetch: whether the hub may be asked; else only its cache is looked at.
+    fetch: whether the hub may be asked; else, where a picture's recipe has the name, only its cache is looked
+    at. option: by which a user names another one then.
     Raises ValueError when there is no such folder, for a single file, and when the hub does not answer.
     """
     path = Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
@@ -46,11 +49,12 @@ def find_folder(name: str | os.PathLike[str], variant: str | None = None, *, fet
         )
     text = os.fspath(name)
     if not HUB_ID.fullmatch(text) or ".." in text:
-        raise ValueError(f"no such folder {path} (nor is it a hub id, which looks like owner/name)")
-    return download(text, variant, fetch=fetch)
+        moved = "" if fetch else f"; has it moved? Say by {option} where it is"
+        raise ValueError(f"no such folder {path} (nor is it a hub id, which looks like owner/name){moved}")
+    return download(text, variant, fetch=fetch, option=option)
 
 
-def download(repo: str, variant: str | None, *, fetch: bool = True) -> Path:
+def download(repo: str, variant: str | None, *, fetch: bool = True, option: str = "--model") -> Path:
     """A snapshot of a hub repository in the usual cache; the cached one when the hub cannot be reached."""
     try:
         import huggingface_hub as hub
@@ -77,7 +81,7 @@ def download(repo: str, variant: str | None, *, fetch: bool = True) -> Path:
             return Path(hub.snapshot_download(repo, allow_patterns=TEXTS[0], local_files_only=True))
         except Exception:  # noqa: BLE001  # many kinds say the same: not in the cache
             reason = "HF_HUB_OFFLINE is set" if offline else _reason(failure, repo)
-            reason = reason if fetch else "only a name given with --model is fetched"
+            reason = reason if fetch else f"only a name given with {option} is fetched"
             where = "it is neither a folder here nor in the cache of the hub"
             raise ValueError(f"cannot load {repo}: {where}, and {reason}") from None
     names = [file.rfilename for file in info[0].siblings or []]

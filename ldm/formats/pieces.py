@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.diffusion.scheduler import Scheduler
 from ldm.files.checkpoint import fill_model, has_variant, read_tensors, save_model, weight_file, write_json
 from ldm.files.config import read_config, read_json
 from ldm.formats import stock
@@ -26,11 +27,6 @@ from ldm.formats.tensors import CLASSES, part_shapes
 from ldm.recipes import options
 from text_encoder.tokenizer import Tokenizer
 
-DRAWN = (
-    TO_IMAGE,
-    INPAINT,
-    "LatentDiffusionPipeline",
-)  # what model_index.json calls what our pipeline draws with
 TITLES = {
     **dict.fromkeys((TO_IMAGE, "LatentDiffusionPipeline"), "a model from text to image"),
     INPAINT: "a model for inpainting",
@@ -75,18 +71,27 @@ class Pieces:
                 tick()
         return cast
 
-    def check_drawn(self) -> None:
-        """Raises ValueError unless our pipeline can draw with these."""
-        if self.kind.pipeline == UPSCALE:
-            raise ValueError(
-                f"{self.reports[0].source} is {TITLES[UPSCALE]} ({self.kind.title}): load it by "
-                "LatentUpscalePipeline.from_single_file"
-            )
-        if self.kind.pipeline not in DRAWN:
-            raise ValueError(
-                f"{self.reports[0].source} is {TITLES[self.kind.pipeline]} ({self.kind.title}): it "
-                + NOT_DRAWN.format(self.kind.pipeline)
-            )
+    def components(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What our pipeline for this kind takes. dtype: of the models."""
+        found = {
+            **self.models(dtype),
+            "tokenizer": self.tokenizer,
+            "scheduler": Scheduler.from_config(self.kind.scheduler),
+            "defaults": None if self.defaults == options.Defaults() else self.defaults,
+        }
+        if self.kind.low_res_scheduler is not None:
+            found["low_res_scheduler"] = Scheduler.from_config(self.kind.low_res_scheduler)
+            most = self.kind.max_noise_level
+            found["max_noise_level"] = MAX_NOISE_LEVEL if most is None else most
+        return found
+
+    def check_drawn(self, layouts: Collection[str] = stock.LAYOUTS) -> None:
+        """Raises ValueError unless a pipeline of ours with these layouts, by name, can draw with these."""
+        name, source = self.kind.pipeline, self.reports[0].source
+        if name not in layouts:
+            reader = stock.READERS.get(name)
+            advice = f"load it by {reader}.from_single_file" if reader else "it " + NOT_DRAWN.format(name)
+            raise ValueError(f"{source} is {TITLES[name]} ({self.kind.title}): {advice}")
 
 
 def read_kind(folder: Path) -> Kind:

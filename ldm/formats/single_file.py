@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from ldm.files.checkpoint import fill_model, read_tensors
 from ldm.files.config import MAX_JSON, read_config, replacing
 from ldm.formats.kinds import KINDS, PREDICTIONS, Kind, recognise
 from ldm.formats.pieces import TITLES, Pieces, Tick, check_absent, read_kind
+from ldm.formats.stock import Layout
 from ldm.formats.tensors import CLASSES, averaged, join, split, usual
 from ldm.formats.vocabulary import clip_merges, clip_tokenizer, clip_vocab
 from ldm.recipes import options
@@ -253,6 +254,7 @@ def write_single(
 class SingleFiles:
     """What a pipeline can do with single files."""
 
+    layouts: ClassVar[Mapping[str, Layout]]
     _dtype_by_device: bool
 
     @classmethod
@@ -266,7 +268,7 @@ class SingleFiles:
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
     ) -> Self:
-        """The pipeline of a single .safetensors file of Stable Diffusion 1 or 2, on the CPU, without network.
+        """The pipeline of a single .safetensors file, as of Stable Diffusion 1 or 2, on the CPU, offline.
 
         config, prediction and ema: see read_single. dtype, torch_dtype: as in from_pretrained. What was
         recognised is logged, and `python -m ldm.convert FILE` prints it.
@@ -278,10 +280,8 @@ class SingleFiles:
         pieces = read_single(Path(path), config=folder, prediction=prediction, ema=ema)
         for note in (*pieces.notes, pieces.reports[0].sentence()):
             log.log(logging.WARNING if "measured" in note else logging.INFO, note)
-        pieces.check_drawn()
-        models = pieces.models(dtype or default_dtype(torch.device("cpu")))
-        scheduler = Scheduler.from_config(pieces.kind.scheduler)
-        pipe = cls(tokenizer=pieces.tokenizer, scheduler=scheduler, defaults=pieces.defaults, **models)  # type: ignore[call-arg]
+        pieces.check_drawn(cls.layouts)
+        pipe = cls(**pieces.components(dtype or default_dtype(torch.device("cpu"))))
         pipe._dtype_by_device = dtype is None
         return pipe.to(memory_format=torch.channels_last)  # type: ignore[attr-defined]
 
@@ -294,11 +294,21 @@ class SingleFiles:
 
 
 def pieces_of(pipe: Any) -> Pieces:
-    """The pieces of a pipeline, sharing its tensors."""
+    """The pieces of a pipeline, sharing its tensors. Raises ValueError for a kind that has no single file."""
     models = {part: getattr(pipe, part) for part in CLASSES}
     configs = {part: model.config for part, model in models.items()}
     name = pipe.layout.stock_class
-    kind = Kind(title=TITLES[name], pipeline=name, scheduler=pipe.scheduler.config, **configs)
+    if name not in TITLES:
+        raise ValueError(f"a {name} has no single file here: use save_pretrained, which writes a folder")
+    low = getattr(pipe, "low_res_scheduler", None)
+    kind = Kind(
+        title=TITLES[name],
+        pipeline=name,
+        scheduler=pipe.scheduler.config,
+        low_res_scheduler=low and low.config,
+        max_noise_level=getattr(pipe, "max_noise_level", None),
+        **configs,
+    )
     tensors = {
         part: {name: value.detach().cpu() for name, value in model.state_dict().items()}
         for part, model in models.items()

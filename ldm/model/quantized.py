@@ -21,7 +21,7 @@ STEP = 16  # what sizes must be multiples of, and more rows than it there must b
 def quantize(layer: nn.Linear, kind: str) -> bool:
     """Lets a layer multiply in 8 bits where its sizes allow it; says whether they do.
 
-    Its weight stays as it is, for saving, and is not looked at again: quantize after it has changed.
+    Its weight stays as it is, for saving, and is not looked at again: see renew.
     """
     if layer.in_features % STEP or layer.out_features % STEP:
         return False
@@ -29,6 +29,21 @@ def quantize(layer: nn.Linear, kind: str) -> bool:
         weight, scale = SCALED[kind](layer.weight)
     layer.forward = partial(MAPS[kind], layer, weight.t(), scale.t())  # type: ignore[method-assign]
     return True
+
+
+@torch.no_grad()
+def renew(layer: nn.Module) -> None:
+    """After a change of its weight, the same change in a layer that multiplies in 8 bits; nothing in others.
+
+    In place, so that a compiled model is not compiled anew.
+    """
+    held = getattr(layer.forward, "func", None)
+    for kind, function in MAPS.items():
+        if held is function:
+            _, weight, scale = layer.forward.args  # type: ignore[attr-defined]
+            values, size = SCALED[kind](layer.weight)  # type: ignore[arg-type]
+            weight.copy_(values.t())
+            scale.copy_(size.t())
 
 
 def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ in every call (dynamic quantization). The sums are exact on every CPU.
 
 from __future__ import annotations
 
+import weakref
 from functools import cache
 from typing import NamedTuple
 
@@ -114,20 +115,34 @@ def linear(x: Tensor, weights: Weights) -> Tensor:
     return y
 
 
+class Seen(NamedTuple):
+    """A tensor as it was: which, where, and how often changed. One in its place after it is another."""
+
+    tensor: weakref.ref[Tensor]
+    place: int
+    version: int
+
+    @classmethod
+    def now(cls, x: Tensor) -> Seen:
+        return cls(weakref.ref(x), x.data_ptr(), 0 if x.is_inference() else x._version)
+
+    def still(self, x: Tensor) -> bool:
+        return self.tensor() is x and self[1:] == Seen.now(x)[1:]
+
+
 class Packed:
     """The packed weights of a layer: made when first asked for, and again when its own have changed."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, *, gated: bool = False) -> None:
         """layer: linear or a 1x1 convolution."""
         self.layer, self.gated = layer, gated
-        self.made: tuple[tuple[int, ...], Weights] | None = None
+        self.made: tuple[list[Seen], Weights] | None = None
 
     def __call__(self) -> Weights:
         layer = self.layer
         both = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-        state = tuple(n for x in both for n in (x.data_ptr(), 0 if x.is_inference() else x._version))
         made = self.made
-        if made is None or made[0] != state:
-            made = state, pack(layer.weight.flatten(1), layer.bias, gated=self.gated)
+        if made is None or not all(map(Seen.still, made[0], both)):
+            made = [Seen.now(x) for x in both], pack(layer.weight.flatten(1), layer.bias, gated=self.gated)
             self.made = made  # at once, so that threads may share it
         return made[1]

@@ -6,18 +6,14 @@ Imports no torch, so that a file that is missing is told before a model is loade
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from ldm.recipes import options
 from ldm.recipes.noted import file_hash
-
-if TYPE_CHECKING:
-    from ldm.recipes.recipe import Recipe
-    from ldm.recipes.requests import Request
 
 Sides = tuple[int, int, int, int]  # pixels at the left, top, right and bottom
 
@@ -38,9 +34,8 @@ def read_picture(path: str, name: str = "image") -> Image.Image:
         raise ValueError(f"{name} {path}: {error}") from None
 
 
-def noted(path: str, name: str) -> tuple[str, str]:
-    """A picture's file and its hash, as a recipe notes them. Raises ValueError unless it can be read."""
-    read_picture(path, name)
+def noted(path: str) -> tuple[str, str]:
+    """A picture's file and its hash, as a recipe notes them."""
     return path, file_hash(Path(path).expanduser())
 
 
@@ -69,17 +64,18 @@ class Start(NamedTuple):
     mask_image: Image.Image | None = None
 
 
-def start_of(asked: Recipe | Request) -> Start:
-    """The pictures that a recipe or a request starts from.
+def start_of(values: Mapping[str, Any]) -> Start:
+    """The pictures to start from, by Recipe's names: files, with or without their hashes.
 
     Raises ValueError where one cannot be read, and for a mask of another shape than its picture.
     """
-    files = [each if each is None or isinstance(each, str) else each[0] for each in (asked.image, asked.mask)]
+    given = [values.get(name) for name in ("image", "mask")]
+    files = [each if each is None or isinstance(each, str) else each[0] for each in given]
     if files[0] is None:
         return Start()
-    image = read_picture(files[0])
-    if asked.extend is not None:
-        return Start(*extended(image, asked.extend))
+    image, sides = read_picture(files[0]), values.get("extend")
+    if sides is not None:
+        return Start(*extended(image, sides))
     if files[1] is None:
         return Start(image)
     mask = read_picture(files[1], "mask").convert("L")
@@ -90,13 +86,11 @@ def start_of(asked: Recipe | Request) -> Start:
 def settle_start(values: MutableMapping[str, Any], image: Image.Image | None) -> None:
     """Fills in what options of a start, by Recipe's names, leave open: the size of the picture, the strength.
 
-    Raises ValueError for options that do not go together.
+    image: of start_of. Raises ValueError for options that do not go together.
     """
     options.check_together(values)
     if image is not None:
-        sides = values.get("extend") or (0, 0, 0, 0)
-        own = image.width + sides[0] + sides[2], image.height + sides[1] + sides[3]
-        for name, side in zip(("width", "height"), own, strict=True):
+        for name, side in zip(("width", "height"), image.size, strict=True):
             values[name] = values.get(name) or side
         masked = bool(values.get("mask") or values.get("extend"))
         values["strength"] = options.usual_strength(values.get("strength"), masked=masked)

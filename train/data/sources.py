@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +85,20 @@ class DataConfig:
     def kinds(self) -> list[str]:
         """Of captions: the columns that hold them."""
         return list(self.captions or [self.caption_column])
+
+    @property
+    def squares(self) -> DataConfig:
+        """The same for what learns from squares of whatever pictures there are."""
+        return replace(self, max_aspect=1.0, max_enlargement=None)
+
+    def check_squares(self, what: str) -> None:
+        """Raises ValueError for options of buckets, which have no effect on what learns from squares."""
+        for name in ("max_aspect", "max_enlargement"):
+            if getattr(self, name) != getattr(self.squares, name):
+                raise ValueError(
+                    f"data.{name}={getattr(self, name)} has no effect: {what} learns from squares, leave "
+                    "it out"
+                )
 
 
 def sort_source(source: Source, config: DataConfig, kept: Path | None = None) -> Buckets:

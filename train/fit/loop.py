@@ -28,12 +28,12 @@ from train.batches.readahead import ReadAhead
 from train.command import RunFailed
 from train.config import to_mapping
 from train.fit.ema import EMA, classic, power
-from train.fit.optim import build_optimizer, learning_rate
+from train.fit.optim import build_optimizer, learning_rate, warmup_of
 from train.fit.record import Record, open_run
 from train.fit.resume import facts, machine, resume
 from train.fit.saving import Saver, snapshot
 from train.fit.shards import clip as clip_shards
-from train.fit.shards import shard, sharding
+from train.fit.shards import shard, sharding, warn_of_wrapping
 from train.fit.state import FitConfig, Outcome, State, Task
 from train.fit.stop import StopRequest
 from train.fit.watchdog import Watchdog
@@ -55,8 +55,7 @@ def fit(task: Task, config: FitConfig) -> Outcome:
         log_with=config.tracker,
         project_dir=config.output,
     )
-    warn_of_one_rank(accelerator.num_processes)
-    sharding(accelerator.distributed_type, config.optim.optimizer)  # what it refuses is refused now
+    tell_first(config, accelerator)
     plan = Plan(
         task.buckets,
         config.batch_size,
@@ -227,6 +226,23 @@ def warn_of_one_rank(ranks: int) -> None:
         log.warning(
             "this is one process: accelerate launch --cpu starts no more, whatever --num_processes says. For "
             "several ranks on the CPU write --multi_gpu in place of --cpu, or use torchrun"
+        )
+
+
+def tell_first(config: FitConfig, accelerator: Accelerator) -> None:
+    """Says what of the launcher's settings and the recipe's is done otherwise.
+
+    Raises ValueError for those that `sharding` refuses, before anything is made.
+    """
+    warn_of_one_rank(accelerator.num_processes)
+    plugin = sharding(accelerator.distributed_type, config.optim.optimizer)
+    if not accelerator.is_main_process:
+        return
+    warn_of_wrapping(plugin)
+    asked, steps = config.optim.warmup_steps, config.steps
+    if (warmup := warmup_of(config.optim, steps)) < asked:
+        log.info(
+            "the warm-up is %d of %d steps: optim.warmup_steps=%d is for a longer run", warmup, steps, asked
         )
 
 

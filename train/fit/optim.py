@@ -25,7 +25,7 @@ class OptimConfig:
     )
     lr: float = 1e-4  # peak, per optimizer step
     curve: Literal["constant", "cosine", "cooldown"] = "cooldown"  # after the warm-up
-    warmup_steps: int = 500  # optimizer steps, not batches
+    warmup_steps: int = 500  # optimizer steps, not batches; at most half of the run's
     cooldown_fraction: float = 0.2  # of all steps, at the end, falling linearly; only for curve: cooldown
     final_fraction: float = 0.05  # of the peak, where cosine and cooldown end
     betas: tuple[float, float] = (0.9, 0.99)  # decay of Adam's two averages, a step
@@ -51,17 +51,23 @@ class OptimConfig:
                 raise ValueError(f"optim.{name}={getattr(self, name)}: expected 0 or more")
 
 
+def warmup_of(config: OptimConfig, steps: int) -> int:
+    """The steps of the warm-up in a run of `steps`: at most half, so that the shortest run has a peak too."""
+    return min(config.warmup_steps, steps // 2)
+
+
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """The rate of optimizer step `step` (from 0) of a run of `steps`."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+    warmup = warmup_of(config, steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
     if config.curve == "constant":
         return config.lr
     if config.curve == "cosine":
-        first = config.warmup_steps
+        first = warmup
         fall = (1 - math.cos(math.pi * min(1.0, (step - first) / max(1, steps - first)))) / 2
     else:
-        first = max(config.warmup_steps, round(steps * (1 - config.cooldown_fraction)))
+        first = max(warmup, round(steps * (1 - config.cooldown_fraction)))
         fall = min(1.0, max(0, step - first) / max(1, steps - first))
     return config.lr * (1 - (1 - config.final_fraction) * fall)
 

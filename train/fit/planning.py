@@ -13,19 +13,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
+from autoencoder.vae import AutoencoderKL
 from ldm.files.checkpoint import load_model, save_model
-from train.batches.latents import Bucket, CacheKey, Latents, autoencoder_folder
+from train.batches.cache import made_up
+from train.batches.latents import autoencoder_folder
 from train.batches.plan import Plan
 from train.batches.readahead import ReadAhead
-from train.data.captions import every
-from train.data.sources import DataConfig, open_source
 from train.fit.loop import choose_precision, cpu_only, prepare, train_step, workers
 from train.fit.optim import optimizer_tensors
 from train.fit.shards import wants_shards
@@ -36,7 +34,6 @@ from train.tasks.diffusion import DiffusionRecipe, LatentDiffusion
 
 STEPS = 20  # of a probe
 WARM_UP = 3  # of them, not counted: the first also counts operations and bytes
-CAPTIONS = 64  # of the data, for made-up latents
 
 
 class Stage(NamedTuple):
@@ -194,25 +191,3 @@ def autoencoder_plan(recipe: AutoencoderRecipe, folder: Path) -> Iterator[Stage]
         save_model(AutoencoderKL(small.model), folder / "small")
         recipe = dataclasses.replace(recipe, grow=str(folder / "small"))
     yield Stage("autoencoder", Autoencoding(recipe), recipe)
-
-
-def made_up(data: DataConfig, model: AutoencoderKLConfig) -> Latents:
-    """Square latents of the data's size, with captions of the data."""
-    source = open_source(data)
-    count = min(CAPTIONS, len(source))
-    factor = 2 ** (len(model.block_out_channels) - 1)
-    side = data.size // factor
-    rng = torch.Generator().manual_seed(0)
-    mean = torch.randn(count, 1, model.latent_channels, side, side, generator=rng).half()
-    mask = torch.full((count, 1, 1, side, side), 128, dtype=torch.uint8)
-    bucket = Bucket(list(range(count)), mean, torch.full_like(mean, 0.1), mask)
-    captions = {}
-    for index in range(count):
-        try:
-            captions[index] = every(source[index][1])
-        except ValueError:  # a picture that cannot be decoded is for the run itself to tell of
-            captions[index] = [""]
-    key = CacheKey("", "made up", model.latent_channels, factor, [[data.size, data.size, count]], 1, False)
-    latents = Latents([bucket], captions, key)
-    latents.classify(source.labels)
-    return latents

@@ -8,6 +8,7 @@ are those of any other run: whole tensors by name, gathered one after another.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
     from torch.distributed.tensor import DTensor
 
+log = logging.getLogger(__name__)
 BLOCKS = (ResnetBlock, AttentionBlock, SpatialTransformer, Layer)  # gathered and freed one at a time
 WHOLE_ONLY = ("adamw8bit", "muon")  # optimizers that do not go by single numbers
 
@@ -64,6 +66,13 @@ def sharding(kind: DistributedType, optimizer: str) -> FullyShardedDataParallelP
             "use adamw, or accelerate launch --multi_gpu"
         )
     return plugin
+
+
+def warn_of_wrapping(plugin: FullyShardedDataParallelPlugin | None) -> None:
+    """Say so where the launcher names blocks to wrap, as `accelerate config` asks it to: ours stay BLOCKS."""
+    if plugin is not None and plugin.auto_wrap_policy is not None:
+        asked, ours = os.environ.get("FSDP_AUTO_WRAP_POLICY"), ", ".join(kind.__name__ for kind in BLOCKS)
+        log.warning("fsdp_auto_wrap_policy=%s has no effect: the blocks are always %s", asked, ours)
 
 
 def shard(module: nn.Module, device: torch.device, reshard: bool) -> None:

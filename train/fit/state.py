@@ -69,10 +69,6 @@ class FitConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more")
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise ValueError(f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}")
-        if self.optim.warmup_steps > self.steps:
-            raise ValueError(
-                f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}: lower it"
-            )
         classic(self.ema_decay)
         for width in self.ema_widths:
             exponent(width)

@@ -40,10 +40,10 @@ from train.data.sources import STYLES, DataConfig, open_source
 from train.data.squares import Squares
 from train.fit.loop import cpu_only
 from train.fit.record import loss_curve, minutes
-from train.measure.fidelity import before_and_after
+from train.measure.fidelity import before_and_after, encoded
 from train.measure.fidelity import judge as fidelity_of
 from train.measure.judge import SEED_TEST, book_of, kept_judge
-from train.stages import Passed, autoencoder_of, cache_of
+from train.stages import Passed, autoencoder_of
 from train.tasks.autoencoding import AutoencoderRecipe
 from train.tasks.diffusion import DiffusionRecipe, in_turn, validation_losses
 
@@ -133,7 +133,7 @@ def measure(
 ) -> Figures:
     """The figures, and the pictures of the report in `folder`. sample: of the latents, for the UNet."""
     squares, seen = autoencoder_sample(recipe, config)
-    fidelity = fidelity_of(pipe.vae, squares.batches(seen.indices))
+    fidelity = fidelity_of(pipe.vae, encoded(pipe.vae, squares.batches(seen.indices)))
     shown = squares.stack(seen.indices[:SHOWN])
     save_picture(before_and_after(pipe.vae, shown), folder / "reconstruction.png", overwrite=True)
     chosen = set(sample.indices)
@@ -175,7 +175,7 @@ def unseen_latents(recipe: DiffusionRecipe, config: EvaluationConfig, folder: Pa
         other = unseen_data(recipe.data, config.pictures)
         latents = compute_latents(other, autoencoder, folder / "latents")
         return latents, Sample(list(latents.captions), describe(recipe.data, other))
-    latents = compute_latents(recipe.data, autoencoder, cache_of(recipe))
+    latents = compute_latents(recipe.data, autoencoder, recipe.cache)
     return latents, choose(sorted(latents.captions), recipe.validation_samples, config.pictures)
 
 

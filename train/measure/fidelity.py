@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from autoencoder.similarity import WINDOW, decibels, ssim
-from autoencoder.vae import AutoencoderKL
+from autoencoder.vae import AutoencoderKL, Posterior
 from train.data.pictures import grid, to_images
 
 Rows = tuple[tuple[float, ...], ...]
@@ -56,15 +56,22 @@ def device_of(vae: AutoencoderKL) -> torch.device:
     return next(vae.parameters()).device
 
 
+def encoded(vae: AutoencoderKL, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Posterior]]:
+    """Pictures (B, 3, H, W), on the vae's device, and the posterior of each batch."""
+    for image in batches:
+        there = image.to(device_of(vae))
+        yield there, vae.encode(there)
+
+
 @torch.no_grad()
 def judge(
     vae: AutoencoderKL,
-    batches: Iterable[Tensor],
+    batches: Iterable[tuple[Tensor, Posterior]],
     distance: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Fidelity:
-    """The fidelity over pictures. batches: (B, 3, H, W) in [-1, 1]; distance: LPIPS, where there is one.
+    """The fidelity over pictures. batches: as `encoded` gives them, of pictures in [-1, 1].
 
-    Raises ValueError if there is no picture.
+    distance: LPIPS, where there is one. Raises ValueError if there is no picture.
     """
     channels = vae.config.latent_channels
     pixels = pictures = values = 0
@@ -72,9 +79,8 @@ def judge(
     sums = dict.fromkeys(("ssim", "lpips", "kl"), 0.0)
     moments = torch.zeros(3, channels, dtype=torch.float64)  # of mean, mean**2 and std**2
     gram = torch.zeros(channels + 1, channels + 4, dtype=torch.float64)  # [z, 1]^T [z, 1, rgb]
-    for image in batches:
-        there = image.to(device_of(vae))
-        posterior = vae.encode(there)
+    for there, posterior in batches:
+        image = there.cpu()
         mean, std = posterior.mean.cpu().double(), posterior.std.cpu().double()
         moments += torch.stack([x.sum((0, 2, 3)) for x in (mean, mean.square(), std.square())])
         values += mean[:, 0].numel()

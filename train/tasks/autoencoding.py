@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from autoencoder.discriminator import AdversaryConfig
 from autoencoder.equivariance import shrink, shrunk_sides, turn
 from autoencoder.growth import grown
 from autoencoder.loss import ReconstructionConfig
-from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
+from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig, Posterior
 from ldm.diffusion.noise import key
 from ldm.files.checkpoint import empty_model, load_model, save_model
 from train.batches.buckets import View, views
@@ -29,7 +29,7 @@ from train.data.squares import Squares
 from train.fit.checkpoint import weights_sha256
 from train.fit.state import FitConfig
 from train.measure.features import digest, perceptual_distance
-from train.measure.fidelity import Fidelity, before_and_after, judge, reconstruct
+from train.measure.fidelity import Fidelity, before_and_after, encoded, judge, reconstruct
 from train.tasks.reconstruction import Growth, Reconstruction
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class AutoencoderRecipe(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.data.check_squares("an autoencoder")
         factor = 2 ** (len(self.model.block_out_channels) - 1)
         if self.data.size % factor:
             raise ValueError(
@@ -139,7 +140,8 @@ class Autoencoding:
             self.distance = perceptual_distance(self.terms.vgg, self.terms.lpips_heads)
         else:
             log.info("%s", without_features(self.terms))
-        self.module = self.reconstruction()
+        self.reconstruction = self.with_loss()
+        self.module: nn.Module = self.reconstruction
         factor, size = self.vae.downsample_factor, recipe.data.size
         self.latent_shape = (recipe.model.latent_channels, size // factor, size // factor)
         self.facts: Mapping[str, Any] = {
@@ -172,7 +174,7 @@ class Autoencoding:
             raise ValueError(f"start: the autoencoder in {folder} is not of the recipe's model: {vae.config}")
         return vae
 
-    def reconstruction(self) -> nn.Module:
+    def with_loss(self) -> Reconstruction:
         """The autoencoder with its loss."""
         recipe = self.recipe
         if self.small is not None:
@@ -219,16 +221,21 @@ class Autoencoding:
         """The parts of the loss, and what the fidelity of reconstructions and latents is."""
         totals: dict[str, float] = {}
         count = sum(map(len, buckets))
-        for draws in fixed_draws(buckets):
-            image = self.squares.stack([draw.index for draw in draws])
-            batch = {name: value.to(self.device) for name, value in self.seen(draws, image).items()}
-            loss, parts = self.module(**batch)
-            for name, value in {"loss": loss, **parts}.items():
-                totals[name] = totals.get(name, 0.0) + value.sum().item() / count
+
+        def weighed() -> Iterator[tuple[Tensor, Posterior]]:
+            """The pictures, encoded, once their losses are in the totals."""
+            for draws in fixed_draws(buckets):
+                image = self.squares.stack([draw.index for draw in draws])
+                batch = {name: value.to(self.device) for name, value in self.seen(draws, image).items()}
+                posterior = self.vae.encode(batch["image"])
+                loss, parts = self.reconstruction.losses(posterior, **batch)
+                for name, value in {"loss": loss, **parts}.items():
+                    totals[name] = totals.get(name, 0.0) + value.sum().item() / count
+                yield batch["image"], posterior
+
+        fidelity = judge(self.vae, weighed(), self.distance)
         for name in ("generator", "discriminator", "adaptive_weight"):
             totals.pop(name, None)  # nobody is judged here
-        held_out = [index for bucket in buckets for index in bucket]
-        fidelity = judge(self.vae, self.squares.batches(held_out), self.distance)
         return {**totals, **fidelity.numbers()}
 
     def preview(self) -> Image.Image:
@@ -273,7 +280,8 @@ class Autoencoding:
 
     def measure(self) -> Fidelity:
         """Over `measured` pictures."""
-        return judge(self.vae, self.squares.batches(spread(self.length, self.recipe.measured)), self.distance)
+        batches = self.squares.batches(spread(self.length, self.recipe.measured))
+        return judge(self.vae, encoded(self.vae, batches), self.distance)
 
 
 def without_features(terms: ReconstructionConfig) -> str:

@@ -27,10 +27,10 @@ from ldm.files.hub import find_folder
 from ldm.formats.stock import scheduler_json
 from ldm.model.architecture import UNetConfig
 from ldm.pipeline import BUNDLED
+from train.batches.cache import CachedConfig
 from train.batches.latents import Latents, autoencoder_folder
 from train.batches.plan import Draw, fixed_draws, normal, spread
 from train.data.sources import DataConfig
-from train.fit.state import FitConfig
 from train.tasks.tuning import read_scheduler
 
 LEVELS = 8  # timesteps of a validation
@@ -39,11 +39,10 @@ CELL = 12  # pixels of a class at a timestep in a preview
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierRecipe(FitConfig):
+class ClassifierRecipe(CachedConfig):
     """Training of a classifier of noisy latents, which leads the pictures of a model to a class."""
 
     model: str = "bundled"  # folder or hub id of the pipeline that it will lead: its latents and its noise
-    latents: str | None = None  # folder that encode_latents.py wrote; null: computed into the run folder
     data: DataConfig = field(default_factory=lambda: DataConfig(label="subject"))
     widths: tuple[int, ...] = (32, 64, 96)  # channels of each level, each half the size of the one before
     layers: int = 1  # resnets a level

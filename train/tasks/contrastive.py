@@ -21,21 +21,18 @@ from autoencoder.layers import Downsample, ResnetBlock
 from autoencoder.vae import AutoencoderKL
 from ldm.files.checkpoint import load_model, save_model
 from text_encoder.clip import CLIPTextEncoder
+from train.batches.cache import CachedConfig
 from train.batches.latents import Latents
 from train.batches.plan import Draw, fixed_draws, spread
 from train.data.pictures import grid, to_images
-from train.data.sources import DataConfig
-from train.fit.state import FitConfig
 from train.tasks.text import TextConfig, build_text_encoder, text_facts
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContrastiveRecipe(FitConfig):
+class ContrastiveRecipe(CachedConfig):
     """Training of a text encoder beside a small encoder of latents, which is not kept."""
 
     autoencoder: str  # folder of a trained one
-    latents: str | None = None  # folder that encode_latents.py wrote; null: computed into the run folder
-    data: DataConfig = field(default_factory=DataConfig)
     text_encoder: TextConfig = field(default_factory=TextConfig)
     tower: tuple[int, ...] = (64, 128, 192)  # channels of the encoder of latents, each level half the size
     groups: int = 16  # of its norms

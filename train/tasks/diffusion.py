@@ -24,13 +24,12 @@ from ldm.model.context import Context
 from ldm.model.unet import UNet, UNetConfig, seeing
 from ldm.pipeline import LatentDiffusionPipeline
 from ldm.recipes.options import Defaults
+from train.batches.cache import CachedConfig
 from train.batches.latents import Latents
 from train.batches.plan import Draw, fixed_draws, normal, spread
 from train.config import to_mapping
 from train.data.pictures import grid
-from train.data.sources import DataConfig
 from train.fit.loop import choose_precision, cpu_only
-from train.fit.state import FitConfig
 from train.tasks.denoising import Diffusion, ObjectiveConfig
 from train.tasks.text import TextConfig, build_text_encoder, text_facts
 
@@ -40,12 +39,11 @@ WITHOUT_WEIGHTS = ("sample_size", "dropout", "upcast_attention")  # of a UNet: a
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionRecipe(FitConfig):
+class DiffusionRecipe(CachedConfig):
     """Training of a latent diffusion model."""
 
+    steps: int  # optimizer steps of the UNet; what trains before it has those of its own recipe
     autoencoder: str  # folder of a trained one, or the recipe (.yaml) that trains one on this data first
-    latents: str | None = None  # folder that encode_latents.py wrote; null: computed into the run folder
-    data: DataConfig = field(default_factory=DataConfig)
     text_encoder: TextConfig = field(default_factory=TextConfig)
     unet: UNetConfig
     start: str | None = None  # folder of a pipeline, run or UNet whose weights to go on from; null: new ones

@@ -19,6 +19,7 @@ from train.batches.latents import Latents, autoencoder_folder
 from train.data.sources import DataConfig
 from train.fit.loop import cpu_only
 from train.tasks.lora import LoraRecipe
+from train.tasks.tuning import latents_of
 
 log = logging.getLogger(__name__)
 GROUP = 8  # pictures drawn at a time: always the same, so that one which was lost comes back as it was
@@ -27,10 +28,12 @@ GROUP = 8  # pictures drawn at a time: always the same, so that one which was lo
 def prior_latents(recipe: LoraRecipe, folder: Path) -> Latents | None:
     """The latents of the class, drawn first where they are missing; None without prior preservation.
 
-    folder: of the model. Ranks share the drawing.
+    folder: of the model. Ranks share the drawing. For a plan they are made up.
     """
     if recipe.prior.prompt is None:
         return None
+    if recipe.plan:
+        return latents_of(recipe, folder)
     pictures = Path(recipe.output, "prior")
     draw_prior(recipe, folder, pictures)
     data = DataConfig(source=str(pictures), size=recipe.data.size, caption=recipe.prior.prompt)

@@ -54,7 +54,20 @@ class Reconstruction(nn.Module):
         turns: Tensor | None = None,
         adversarial: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss (B,) and its parts. image: (B, 3, H, W); noise: (B, C, h, w) for the posterior.
+        """The loss (B,) and its parts. image: (B, 3, H, W); the rest as of `losses`."""
+        return self.losses(self.vae.encode(image), image, noise, added, transformed, turns, adversarial)
+
+    def losses(
+        self,
+        posterior: Posterior,
+        image: Tensor,
+        noise: Tensor,
+        added: Tensor | None = None,
+        transformed: Tensor | None = None,
+        turns: Tensor | None = None,
+        adversarial: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same where the picture's posterior is known. noise: (B, C, h, w), of a sample of it.
 
         added: (B, C, h, w), to the scaled latents. A decoder that has seen noise draws clean pictures from
         latents that are not quite right, as a UNet's are.
@@ -62,8 +75,8 @@ class Reconstruction(nn.Module):
         what is asked of the decoder for latents that are shrunk and turned alike.
         adversarial: (B,), the weight of the adversarial term; None where it has not begun.
         """
-        posterior = self.posterior(image)
-        z = posterior.sample(noise)
+        given = self.given(posterior, image)
+        z = given.sample(noise)
         latents = self.vae.to_latents(z)
         reconstruction = self.vae.decode(latents if added is None else latents + added)
         error, parts = picture_loss(reconstruction, image, self.config)
@@ -74,7 +87,7 @@ class Reconstruction(nn.Module):
         if log_scale is not None:
             error = balanced(error, log_scale)
             parts["log_scale"] = log_scale.detach().expand(len(image))
-        weighed, told = self.encoder_loss(posterior, image)
+        weighed, told = self.encoder_loss(posterior, given, image)
         loss, parts = error + weighed, parts | told
         if transformed is not None:
             name = "half_size" if self.config.half_size else "equivariance"
@@ -90,11 +103,13 @@ class Reconstruction(nn.Module):
             parts |= verdicts
         return loss, parts
 
-    def posterior(self, image: Tensor) -> Posterior:
-        """Of the latents that the decoder gets."""
-        return self.vae.encode(image)
+    def given(self, posterior: Posterior, image: Tensor) -> Posterior:
+        """Of the latents that the decoder gets. posterior: the encoder's."""
+        return posterior
 
-    def encoder_loss(self, posterior: Posterior, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def encoder_loss(
+        self, posterior: Posterior, given: Posterior, image: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """What else the encoder is asked for (B,), and its parts (B,): kl."""
         weighed, kl = kl_loss(posterior, image, self.config)
         return weighed, {"kl": kl}
@@ -151,11 +166,13 @@ class Growth(Reconstruction):
         small.eval().requires_grad_(False)
         self.known: Callable[[Tensor], Posterior] = lambda image: small.to(image.device).encode(image)
 
-    def posterior(self, image: Tensor) -> Posterior:
+    def given(self, posterior: Posterior, image: Tensor) -> Posterior:
         with torch.no_grad():
             return self.known(shrink(image, (image.shape[2] // 2, image.shape[3] // 2)))
 
-    def encoder_loss(self, posterior: Posterior, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def encoder_loss(
+        self, posterior: Posterior, given: Posterior, image: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The distance of the encoder's posterior to the small one's, in units of the latents' variance."""
-        far = self.vae.config.scaling_factor**2 * growth.distance(self.vae.encode(image), posterior)
+        far = self.vae.config.scaling_factor**2 * growth.distance(posterior, given)
         return far, {"latents": far}

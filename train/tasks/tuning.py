@@ -8,15 +8,13 @@ hash says which model it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from autoencoder.vae import AutoencoderKL
 from ldm.diffusion.scheduler import Scheduler
-from ldm.files.checkpoint import load_model
 from ldm.files.config import read_config, read_json
 from ldm.files.hub import find_folder
 from ldm.formats.parts import DEFAULTS
@@ -24,10 +22,9 @@ from ldm.formats.stock import SD, read_index
 from ldm.model.unet import UNetConfig
 from ldm.pipeline import BUNDLED
 from ldm.recipes.options import Defaults
-from train.batches.encoding import compute_latents
+from train.batches.cache import CachedConfig, cached_latents
 from train.batches.latents import Latents, autoencoder_folder
 from train.config import config_fields
-from train.data.sources import DataConfig
 from train.fit.checkpoint import weights_sha256
 from train.fit.loop import cpu_only
 from train.fit.shards import wants_shards
@@ -38,12 +35,10 @@ from train.tasks.text import TextConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class FurtherRecipe(FitConfig):
+class FurtherRecipe(CachedConfig):
     """Training that begins with a finished model."""
 
     model: str = "bundled"  # folder or hub id of a pipeline; bundled: the one that comes with this package
-    latents: str | None = None  # folder that encode_latents.py wrote; null: computed into the run folder
-    data: DataConfig = field(default_factory=DataConfig)
     gradient_checkpointing: bool = False  # of the UNet: much less memory for a third more time
     weight: str | None = None  # of the loss, by the noise level: a name in WEIGHTS; null: what suits the rest
     timestep_shift: float = 1.0  # of the timesteps drawn; below 1: less noise, which small latents want
@@ -107,21 +102,8 @@ def whole_recipe(recipe: FurtherRecipe, folder: Path) -> DiffusionRecipe:
 
 
 def latents_of(recipe: FurtherRecipe, folder: Path) -> Latents:
-    """The latents of the recipe's pictures by the model's autoencoder; missing ones are computed first."""
-    return compute_latents(
-        recipe.data,
-        autoencoder_folder(folder),
-        Path(recipe.latents or Path(recipe.output, "latents")),
-        masks=recipe.mask_weight != 1,
-        accept_new_data=recipe.accept_new_data and recipe.latents is None,
-    )
-
-
-def made_up_latents(recipe: FurtherRecipe, folder: Path) -> Latents:
-    """Latents of made-up numbers of the same shape, for a plan."""
-    from train.fit.planning import made_up  # which knows the other tasks
-
-    return made_up(recipe.data, load_model(AutoencoderKL, autoencoder_folder(folder)).config)
+    """Those of the recipe's pictures by the autoencoder of the model in `folder`: see cached_latents."""
+    return cached_latents(recipe, autoencoder_folder(folder), recipe.mask_weight != 1)
 
 
 class Tuned(nn.Module):

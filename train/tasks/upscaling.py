@@ -64,6 +64,12 @@ class UpscalerRecipe(FitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.data.check_squares("an upscaler")
+        if self.data.crops != 1:
+            raise ValueError(
+                f"data.crops={self.data.crops} has no effect: an upscaler sees another crop of a picture in "
+                "every step, of `crop` pixels; leave it out"
+            )
         if not 1 <= self.crop <= self.data.size:
             raise ValueError(f"crop={self.crop}: expected 1 to data.size={self.data.size} pixels")
         if not 1 <= self.max_noise_level <= 1000:
