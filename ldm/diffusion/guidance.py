@@ -168,6 +168,19 @@ def thresholded(
     return make
 
 
+def embedded(guidance: Guidance) -> Guidance:
+    """Guidance of a UNet that is told its scale and answers guided (Meng et al. 2023, section 3.1).
+
+    So nothing is left to guide, as with scale = 1: a step is one call, and uncond is not heard.
+    """
+
+    def make(unet: Predict, context: Text, uncond: Text, scale: float, kind: Prediction) -> Denoiser:
+        told, other = (Context.of(text).guided(scale) for text in (context, uncond))
+        return guidance(unet, told, other, 1.0, kind)
+
+    return make
+
+
 def choose(
     guidance: Guidance | None,
     rescale: float | None,

@@ -26,14 +26,11 @@ from ldm.formats.tensors import CLASSES, part_shapes
 from ldm.recipes import options
 from text_encoder.tokenizer import Tokenizer
 
-DRAWN = (
-    TO_IMAGE,
-    INPAINT,
-    "LatentDiffusionPipeline",
-)  # what model_index.json calls what our pipeline draws with
+DRAWN = tuple(stock.LAYOUTS)  # what model_index.json calls what our pipeline draws with
 TITLES = {
     **dict.fromkeys((TO_IMAGE, "LatentDiffusionPipeline"), "a model from text to image"),
     INPAINT: "a model for inpainting",
+    stock.FEW_STEPS.stock_class: "a model from text to image in few steps",
     UPSCALE: "an upscaler by 4",
 }
 NOT_DRAWN = "can be converted, but no pipeline here draws with it: diffusers' {} does"
