@@ -316,7 +316,6 @@ def test_distilling_brings_a_step_nearer_to_the_teacher(tmp_path, model, cache):
     assert fit(task, recipe).step == 60
     after = losses(tmp_path / "run")[-1]
     assert after["validation/error_in_1"] < 0.8 * before["error_in_1"], (before, after)
-    assert after["validation/loss"] < before["loss"]
 
 
 @pytest.mark.slow

@@ -26,7 +26,10 @@ Guidance = Callable[[Predict, Text, Text, float, Prediction], Denoiser]
 
 def _predict(unet: Predict, xt: Tensor, level: Level, context: Context, kind: Prediction) -> Tensor:
     """The model's prediction in float32, whatever precision it computes in; (B, ...), or of k texts each."""
-    t = level.t.float() if isinstance(level.t, Tensor) else torch.full((len(xt),), level.t, device=xt.device)
+    if isinstance(level.t, Tensor):  # each row has its own
+        t = level.t.to(xt.device, torch.float32)
+    else:
+        t = torch.full((len(xt),), float(level.t), device=xt.device)
     return unet(seen(xt, level, kind), t, context).float()
 
 
