@@ -13,7 +13,7 @@ from torch import Tensor
 from autoencoder.vae import AutoencoderKL
 from ldm.diffusion.guidance import Guidance
 from ldm.diffusion.noise import Noise
-from ldm.diffusion.scheduler import Scheduler
+from ldm.diffusion.scheduler import LCM, Scheduler
 from ldm.diffusion.solvers import SOLVERS, Tableau
 from ldm.diffusion.variance import LearnedVariance
 from ldm.drawing import classes, inputs
@@ -78,7 +78,7 @@ class LatentDiffusionPipeline(Drawing):
         self.unet, self.scheduler = unet, scheduler
         self.text_encoder_2, self.tokenizer_2 = text_encoder_2, tokenizer_2
         self.force_zeros_for_empty_prompt = force_zeros_for_empty_prompt
-        self.defaults = defaults or self.texts.defaults
+        self.defaults = defaults or self.stock_defaults
         stock.check_fit(vae, self.texts, unet)
         classes.check_names(self.defaults.class_names, unet.config.num_class_embeds)
         options.check_choice("sampler", self.defaults.sampler or scheduler.solver, SOLVERS)
@@ -101,7 +101,16 @@ class LatentDiffusionPipeline(Drawing):
     @property
     def layout(self) -> stock.Layout:
         layout = self.texts.layout
-        return stock.for_masks(layout) if stock.sees_a_mask(self.unet, self.vae) else layout
+        if stock.sees_a_mask(self.unet, self.vae):
+            return stock.for_masks(layout)
+        few = self.unet.config.time_cond_proj_dim is not None and self.scheduler.config["_class_name"] == LCM
+        return stock.FEW_STEPS if few and layout is stock.SD else layout
+
+    @property
+    def stock_defaults(self) -> options.Defaults:
+        if self.layout is stock.FEW_STEPS:
+            return options.Defaults(num_inference_steps=4, guidance_scale=8.5)
+        return self.texts.defaults
 
     @torch.no_grad()
     def __call__(

@@ -178,13 +178,16 @@ def test_a_context_takes_the_type_of_the_weights():
 
 
 def test_a_context_of_several_holds_what_all_of_them_hold():
-    told = Context(torch.randn(2, 5, 6), torch.randn(2, 3), torch.ones(2, 6), torch.tensor([3, 4]))
+    told = Context(torch.randn(2, 5, 6), torch.randn(2, 3), torch.ones(2, 6), torch.tensor([3, 4])).guided(
+        2.5
+    )
+    assert told.guidance_scale.tolist() == [2.5, 2.5]
     both = Context.of(told, told.each(torch.zeros_like))
-    assert [len(part) for part in both.tensors] == [4, 4, 4, 4]
+    assert [len(part) for part in both.tensors] == [4, 4, 4, 4, 4]
     assert all(torch.equal(part[:2], own) for part, own in zip(both.tensors, told.tensors, strict=True))
     assert not both.pooled[2:].any()
     text_alone = Context.of(told, torch.randn(1, 5, 6))
-    assert (len(text_alone), *text_alone.tensors[1:]) == (3, None, None, None)
+    assert (len(text_alone), *text_alone.tensors[1:]) == (3, None, None, None, None)
 
 
 def test_repeated():

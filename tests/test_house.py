@@ -16,6 +16,7 @@ import pytest
 from train.config import read_recipe
 from train.tasks.autoencoding import AutoencoderRecipe
 from train.tasks.classifying import ClassifierRecipe
+from train.tasks.consistency import ConsistencyRecipe
 from train.tasks.contrastive import ContrastiveRecipe
 from train.tasks.diffusion import DiffusionRecipe
 from train.tasks.embedding import EmbeddingRecipe
@@ -54,6 +55,7 @@ RECIPES = {
     "train_embedding": EmbeddingRecipe,
     "train_upscaler": UpscalerRecipe,
     "train_inpainting": InpaintingRecipe,
+    "train_consistency": ConsistencyRecipe,
 }
 COMMANDS = [
     'pip install -c constraints.txt . && python -m ldm.generate "a red fox in snow"',

@@ -143,7 +143,9 @@ def test_runs_on_curves_as_diffusers_does(solver, curve, count, monkeypatch):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
+@pytest.mark.parametrize(
+    "solver", ["ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "lcm"]
+)
 def test_runs_from_zero_snr_as_diffusers_does(solver, count, monkeypatch):
     config = config_of(
         solver, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
@@ -238,6 +240,55 @@ def test_settings_as_diffusers_reads_them(solver, settings, monkeypatch):
         assert_same_run(config_of(solver, prediction_type="v_prediction", **settings), count, monkeypatch)
 
 
+def test_the_timesteps_of_consistency_models_are_those_of_diffusers():
+    from diffusers import LCMScheduler
+
+    for T, original in ((1000, 50), (1000, 33), (999, 100), (100, 100)):
+        config = config_of("lcm", prediction_type="epsilon") | {"num_train_timesteps": T}
+        config["original_inference_steps"] = original
+        ours, theirs = Scheduler.from_config(config), LCMScheduler.from_config(config)
+        for count in range(1, original + 1):
+            theirs.set_timesteps(count)
+            assert ours.timesteps(count).t.tolist() == theirs.timesteps.tolist()
+        assert ours.timesteps(1).alpha[-1] == 1
+        with pytest.raises(
+            ValueError, match=f"{original + 1} steps: consistency models take 1 to .*{original}"
+        ):
+            ours.timesteps(original + 1)
+    with pytest.raises(ValueError, match="original_inference_steps=200: expected 1 to 100"):
+        Scheduler.from_config(config | {"original_inference_steps": 200}).timesteps(4)
+
+
+def test_the_scheduler_of_a_distilled_model():
+    """The same noise for diffusers' class, whose betas have other defaults, and only its timesteps differ."""
+    from diffusers import LCMScheduler
+
+    sparse = {"_class_name": "DDPMScheduler", "prediction_type": "v_prediction", "trained_betas": None}
+    for teacher in (Scheduler.default(), Scheduler.from_config(sparse)):
+        student = teacher.distilled(25)
+        assert (student.solver, student.prediction) == ("lcm", "v")
+        assert torch.equal(student.schedule.alpha, teacher.schedule.alpha)
+        theirs = LCMScheduler.from_config(dict(student.config))
+        torch.testing.assert_close(
+            theirs.alphas_cumprod.double(), teacher.schedule.alpha**2, atol=1e-6, rtol=0
+        )
+        theirs.set_timesteps(4)
+        assert student.timesteps(4).t.tolist() == theirs.timesteps.tolist() == [999, 759, 519, 279]
+    with pytest.raises(ValueError, match="LCMScheduler of diffusers knows no flow"):
+        Scheduler.default("flow").distilled()
+
+
+def test_how_far_the_boundary_condition_is_from_diffusers():
+    """As solvers.consistency says; without noise in between it is c_skip (x - x0) and (c_out - 1) x0."""
+    from diffusers import LCMScheduler
+
+    reference = LCMScheduler.from_config(config_of("lcm", prediction_type="epsilon"))
+    for t, most in ((19, 7e-6), (159, 1e-7), (999, 2.6e-9)):
+        skip, out = reference.get_scalings_for_boundary_condition_discrete(t)
+        assert 0.9 * most < skip < most
+        assert abs(out - 1) < most
+
+
 def test_another_solver_is_what_from_config_of_its_class_would_be(monkeypatch):
     """In diffusers that is `DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`."""
     config = config_of("plms", prediction_type="epsilon", steps_offset=1)
@@ -299,7 +350,7 @@ def test_default_is_read_by_diffusers():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"_class_name": "LCMScheduler"}, "'LCMScheduler' is not implemented: expected one of DDIMScheduler"),
+        ({"_class_name": "TCDScheduler"}, "'TCDScheduler' is not implemented: expected one of DDIMScheduler"),
         ({"_class_name": None}, "None is not implemented"),
         ({"prediction_type": "flow_prediction"}, "'flow_prediction': expected one of epsilon, v_prediction"),
         ({"beta_schedule": "sigmoid"}, "'sigmoid': expected linear, scaled_linear or squaredcos_cap_v2"),
@@ -315,6 +366,8 @@ def test_default_is_read_by_diffusers():
         ({"beta_start": None}, "beta_start=None: expected a number between 0 and 1"),
         ({"trained_betas": [0.1, "x"]}, r"trained_betas\[1\]='x': expected a number between 0 and 1"),
         ({"trained_betas": []}, r"trained_betas=\[\]: expected a list"),
+        ({"original_inference_steps": 0}, "original_inference_steps=0: expected a whole number from 1"),
+        ({"_class_name": "LCMScheduler", "timestep_scaling": 1.0}, "timestep_scaling=1.0 .* set it to 10.0"),
     ],
 )
 def test_what_is_not_implemented_is_refused(settings, message):

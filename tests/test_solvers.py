@@ -12,10 +12,10 @@ from ldm.diffusion.noise import step_noise
 from ldm.diffusion.sample import sample, trajectory
 from ldm.diffusion.schedule import Level, NoiseSchedule, Timesteps, to_x0
 from ldm.diffusion.scheduler import Scheduler
-from ldm.diffusion.solvers import SOLVERS, Tableau, ddim, dpmpp_2m, heun, plms, unipc
+from ldm.diffusion.solvers import SOLVERS, Tableau, consistency, ddim, dpmpp_2m, heun, plms, unipc
 
 DETERMINISTIC = {
-    name: solver for name, solver in SOLVERS.items() if name not in ("ddpm", "euler_a", "dpmpp_2m_sde")
+    name: solver for name, solver in SOLVERS.items() if name not in ("ddpm", "euler_a", "dpmpp_2m_sde", "lcm")
 }
 NO_NOISE = step_noise([], (1,))
 
@@ -90,6 +90,7 @@ def test_a_wrong_table_does_not_come_to_be(part):
         dpmpp_2m,
         partial(dpmpp_2m, eta=1.0),
         *(partial(unipc, order=order) for order in (1, 2, 3)),
+        consistency,
     ],
 )
 def test_zero_snr_is_a_limit(solver):
@@ -124,6 +125,25 @@ def test_noise_keeps_the_distribution(name):
     assert end.mean().item() == pytest.approx(3, abs=0.02)
     assert end.std().item() == pytest.approx(0.5, abs=0.03)
     assert not torch.equal(end, sample(gaussian, torch.zeros(1, 20000), SOLVERS[name](steps), noise))
+
+
+def end_of_the_ode(xt: Tensor, level: Level, std: float = 0.5, mean: float = 3.0) -> Tensor:
+    """The consistency function of x0 ~ N(mean, std**2): where the probability flow ODE takes xt."""
+    return mean + (xt - level.alpha * mean) * std / (level.alpha**2 * std**2 + level.sigma**2) ** 0.5
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 9])
+def test_a_consistency_model_needs_a_step_and_more_keep_the_distribution(count):
+    """One ends where a thousand of Heun's do; each further one goes back and ends among the data again."""
+    noise = torch.randn(1, 20000, dtype=torch.float64)
+    steps = Scheduler.default().timesteps(count, "lcm")
+    end = sample(end_of_the_ode, noise, consistency(steps), step_noise([1], (20000,)))
+    assert end.mean().item() == pytest.approx(3, abs=0.02)
+    assert end.std().item() == pytest.approx(0.5, abs=0.02)
+    if count == 1:
+        many = NoiseSchedule.scaled_linear().zero_terminal_snr().timesteps(1000)
+        ode = sample(partial(gaussian, mean=3.0), noise[:, :9], heun(many), NO_NOISE)
+        torch.testing.assert_close(end[:, :9], ode, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("name", SOLVERS)

@@ -64,6 +64,7 @@ SDXL_TINY = TINY | {  # the first level looks at no text, the last one often
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 6 * 8 + 12,
 }
+GUIDED = TINY | {"time_cond_proj_dim": 33}  # odd, which pads the sines
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD21 = {
     "sample_size": 96,
@@ -125,6 +126,12 @@ def inputs(config, size, batch=3):
 
 def told(config, context):
     """What ours and diffusers' UNet take beside the time: the same text, and with it what SDXL is told."""
+    if config.time_cond_proj_dim is not None:
+        from diffusers import LatentConsistencyModelPipeline as Stock
+
+        w = torch.tensor([0.0, 1.5, 3.25])[: len(context)]
+        waves = Stock.get_guidance_scale_embedding(None, w, config.time_cond_proj_dim)
+        return Context(context).guided(w + 1), {"timestep_cond": waves}
     if config.addition_embed_type != "text_time":
         return context, {}
     pooled = torch.randn(len(context), config.pooled_channels)
@@ -158,6 +165,7 @@ REAL = [
         pytest.param(TINY, [(8, 12), (9, 7)], id="tiny"),
         pytest.param(ODD, [(8, 12), (13, 16)], id="odd"),
         pytest.param(POOLED, [(8, 12)], id="pooled-text"),
+        pytest.param(GUIDED, [(8, 12)], id="guided"),
         pytest.param(SDXL_TINY, [(8, 12), (9, 7)], id="sdxl-tiny"),
         pytest.param(ADM, [(8, 12)], id="adm"),  # diffusers' resnet upsampling cannot do odd sizes
         pytest.param(ADM_CROSS, [(8, 12)], id="adm-cross"),
@@ -348,6 +356,24 @@ def test_what_sdxl_is_told_is_asked_for():
             unet(xt, t, text)
 
 
+def test_the_guidance_is_asked_for_and_is_each_rows_own():
+    unet = UNet(UNetConfig(**GUIDED)).eval()
+    xt, t, context, _ = inputs(unet.config, (8, 6))
+    for text in (None, context, Context(context)):
+        with pytest.raises(ValueError, match=r"distilled with its guidance .*Context with guidance_scale"):
+            unet(xt, t, text)
+    scales = torch.tensor([1.0, 4.0, 2.5])
+    apart = unet(xt, t, Context(context).guided(scales))
+    for row, scale in enumerate(scales.tolist()):
+        alike = unet(xt, t, Context(context).guided(scale))
+        torch.testing.assert_close(alike[row], apart[row], atol=1e-5, rtol=0)
+        assert (alike - apart).abs().amax((1, 2, 3)).gt(1e-4).sum() == 2
+    with pytest.raises(ValueError, match="guidance_scale has 2 rows and xt has 3"):
+        unet(xt, t, Context(context, guidance_scale=scales[:2]))
+    both = unet(xt, t, Context.of(*[Context(context).guided(scales)] * 2))
+    torch.testing.assert_close(both, torch.cat([apart, apart]), atol=1e-5, rtol=0)
+
+
 def test_attention_backend():
     unet = UNet(UNetConfig(**ADM_CROSS))
     unet.set_attention_backend("sdpa")
@@ -379,6 +405,7 @@ def test_unsupported_options_are_refused_by_name(key):
             "addition_time_embed_dim=None and projection_class_embeddings_input_dim=60: expected",
         ),
         ({"block_out_channels": (16, 20, 40)}, "20 is not a multiple of norm_num_groups=8"),
+        ({"time_cond_proj_dim": 2}, "time_cond_proj_dim=2: expected 4 or more; 256 is usual"),
     ],
 )
 def test_config_errors(changes, message):

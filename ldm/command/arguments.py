@@ -186,7 +186,7 @@ HOW: Table = {
     },
     "sampler": {
         "metavar": "NAME",
-        "help": "the solver, such as ddim, euler_a or dpmpp_2m: see --list-samplers",
+        "help": "the solver, as ddim, euler_a, dpmpp_2m, or lcm of distilled models: see --list-samplers",
     },
     "clip-skip": {**WHOLE, "help": "leave out the last N layers of the text encoder"},
     "prompt-weighting": {

@@ -32,6 +32,9 @@ def guided(pipe: LatentDiffusionPipeline, recipe: Recipe) -> tuple[Guidance | No
 
     Raises ValueError for a worse UNet or a classifier of another model, and for a class that is not known.
     """
+    if pipe.unet.config.time_cond_proj_dim is not None and (recipe.worse or recipe.guidance != "cfg"):
+        option = "--worse" if recipe.worse else f"--guidance {recipe.guidance}"
+        raise ValueError(f"{option}: this model was distilled with its guidance, leave it out")
     usual = partial(classifier_free, rescale=recipe.guidance_rescale)
     guidance: Guidance | None = None
     if recipe.worse is not None:

@@ -26,7 +26,10 @@ Guidance = Callable[[Predict, Text, Text, float, Prediction], Denoiser]
 
 def _predict(unet: Predict, xt: Tensor, level: Level, context: Context, kind: Prediction) -> Tensor:
     """The model's prediction in float32, whatever precision it computes in; (B, ...), or of k texts each."""
-    t = torch.full((len(xt),), float(level.t), device=xt.device)
+    if isinstance(level.t, Tensor):  # each row has its own
+        t = level.t.to(xt.device, torch.float32)
+    else:
+        t = torch.full((len(xt),), float(level.t), device=xt.device)
     return unet(seen(xt, level, kind), t, context).float()
 
 
@@ -41,19 +44,27 @@ def conditional(unet: Predict, context: Text, kind: Prediction) -> Denoiser:
 
 
 def classifier_free(
-    unet: Predict, context: Text, uncond: Text, scale: float, kind: Prediction, rescale: float = 0.0
+    unet: Predict,
+    context: Text,
+    uncond: Text,
+    scale: float | Tensor,
+    kind: Prediction,
+    rescale: float = 0.0,
 ) -> Denoiser:
     """uncond + scale * (cond - uncond) (Ho & Salimans 2022, eq. 6), in one batch. scale = 1 is no guidance.
 
     context, uncond: (B, N, D) embeddings of the prompts and of the negative prompts, or all that the UNet is
     told of them.
+    scale: of all rows, or (B,).
     rescale: phi of Lin et al. 2024, section 3.4: how far the guided prediction takes the conditional one's
     deviation.
     Raises ValueError if rescale is not in [0, 1].
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance rescale={rescale}: expected 0 (none) to 1 (full)")
-    if scale == 1:
+    if isinstance(scale, Tensor):
+        scale = scale.view(-1, 1, 1, 1)
+    elif scale == 1:
         return conditional(unet, context, kind)
     both = Context.of(uncond, context)
 
@@ -164,6 +175,19 @@ def thresholded(
             return white.clamp(-size, size) * (limit / size) * spread + center
 
         return denoise
+
+    return make
+
+
+def embedded(guidance: Guidance) -> Guidance:
+    """Guidance of a UNet that is told its scale and answers guided (Meng et al. 2023, section 3.1).
+
+    So nothing is left to guide, as with scale = 1: a step is one call, and uncond is not heard.
+    """
+
+    def make(unet: Predict, context: Text, uncond: Text, scale: float, kind: Prediction) -> Denoiser:
+        told, other = (Context.of(text).guided(scale) for text in (context, uncond))
+        return guidance(unet, told, other, 1.0, kind)
 
     return make
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Prediction = Literal["eps", "v", "x0", "flow"]
@@ -98,6 +99,14 @@ class Timesteps:
     def __iter__(self) -> Iterator[Level]:
         return map(Level, self.t.tolist(), self.alpha.tolist(), self.sigma.tolist())
 
+    def at(self, index: Tensor, like: Tensor) -> Level:
+        """The levels of entries index (B,) int64, 0 to S, as (B, 1, 1, 1) tensors; the end has t = 0."""
+        shape = (-1, *[1] * (like.ndim - 1))
+        alpha, sigma = (
+            table.to(index.device)[index].to(like).view(shape) for table in (self.alpha, self.sigma)
+        )
+        return Level(F.pad(self.t, (0, 1)).to(index.device)[index], alpha, sigma)
+
     def skip(self, count: int) -> Timesteps:
         """Without the noisiest count: image-to-image starts there."""
         return Timesteps(self.t[count:], self.alpha[count:], self.sigma[count:])
@@ -128,6 +137,23 @@ def lay_out(
     if spacing == "trailing":
         return (T - index[:count] * (T / count)).round() - 1
     raise ValueError(f"timestep spacing {spacing!r}: expected leading, linspace or trailing")
+
+
+def skipped(T: int, count: int, original: int) -> Tensor:
+    """(count,) of the T training timesteps, noisiest first: what a consistency model learnt, evenly by place.
+
+    It learnt original ones, from k - 1 on in steps of k = T // original (Luo et al. 2023, section 4.3).
+    Raises ValueError if original is not between 1 and T, or count not between 1 and original.
+    """
+    if not 1 <= original <= T:
+        raise ValueError(f"original_inference_steps={original}: expected 1 to {T}, the model's noise levels")
+    if not 1 <= count <= original:
+        raise ValueError(
+            f"{count} steps: consistency models take 1 to original_inference_steps={original}; 2 to 8 are "
+            "usual"
+        )
+    learnt = torch.arange(original, 0, -1, dtype=torch.float64) * (T // original) - 1
+    return learnt[torch.arange(count) * original // count]
 
 
 def sections(T: int, counts: str) -> Tensor:

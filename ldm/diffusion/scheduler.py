@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .schedule import NoiseSchedule, Prediction, Timesteps, curve, lay_out
+from .schedule import NoiseSchedule, Prediction, Timesteps, curve, lay_out, skipped
 from .solvers import SOLVERS, Tableau, unipc
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 FLOW = "FlowMatchEulerDiscreteScheduler"  # its one schedule and one kind of prediction are no settings
+LCM = "LCMScheduler"  # its timesteps are those of the distillation, whatever the spacing
 
 
 class Grid(NamedTuple):
@@ -44,6 +45,7 @@ GRIDS = {
     "HeunDiscreteScheduler": Grid(whole=False, curves=True),
     "DPMSolverMultistepScheduler": Grid(extra=1, curves=True, last=ZERO, smallest_alpha=2**-12),
     "UniPCMultistepScheduler": Grid(extra=1, curves=True, last=ZERO, smallest_alpha=2**-12),
+    LCM: Grid(),
 }
 CLASSES = {  # the class that a solver has in diffusers; the first solver of a class is its default
     "ddim": "DDIMScheduler",
@@ -55,6 +57,11 @@ CLASSES = {  # the class that a solver has in diffusers; the first solver of a c
     "dpmpp_2m": "DPMSolverMultistepScheduler",
     "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
+    "lcm": LCM,
+}
+BETAS = {  # beta_start, beta_end, beta_schedule where a file does not say; else 0.0001, 0.02, linear
+    "HeunDiscreteScheduler": (0.00085, 0.012, "linear"),
+    LCM: (0.00085, 0.012, "scaled_linear"),
 }
 CURVES = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "log_snr", "use_lu_lambdas": "log_snr"}
 # Settings that are not implemented, and the values with which they change nothing.
@@ -80,6 +87,7 @@ ACCEPTED: dict[str, tuple[object, ...]] = {
     "shift_terminal": (None,),
     "invert_sigmas": (False,),
     "stochastic_sampling": (False,),
+    "timestep_scaling": (10.0,),
 }
 ACCEPTED_OF_FLOW: dict[str, tuple[object, ...]] = dict.fromkeys(CURVES, (False, None))
 
@@ -92,7 +100,8 @@ def check_numbers(config: Mapping[str, Any]) -> None:
     shift = config.get("shift", 1.0)
     if not isinstance(shift, int | float) or isinstance(shift, bool) or not 0 < shift <= MAX_TIMESTEPS:
         raise ValueError(f"shift={shift!r}: expected a number above 0; 1 changes nothing, 3 is SD 3's")
-    for key, low in (("num_train_timesteps", 1), ("steps_offset", 0), ("solver_order", 1)):
+    least = {"num_train_timesteps": 1, "steps_offset": 0, "solver_order": 1, "original_inference_steps": 1}
+    for key, low in least.items():
         value = config.get(key, low)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= MAX_TIMESTEPS:
             raise ValueError(f"{key}={value!r}: expected a whole number from {low} to {MAX_TIMESTEPS}")
@@ -106,13 +115,16 @@ def check_numbers(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}={beta!r}: expected a number between 0 and 1")
 
 
+def betas_of(config: Mapping[str, Any]) -> tuple[float, float, str]:
+    """beta_start, beta_end and beta_schedule."""
+    start, end, name = BETAS.get(config["_class_name"], (0.0001, 0.02, "linear"))
+    return config.get("beta_start", start), config.get("beta_end", end), config.get("beta_schedule", name)
+
+
 def read_schedule(config: Mapping[str, Any]) -> NoiseSchedule:
     """The noise schedule of a scheduler_config.json. Raises ValueError for an unknown beta_schedule."""
-    heun = config["_class_name"] == "HeunDiscreteScheduler"  # the one class with other defaults
-    start = config.get("beta_start", 0.00085 if heun else 0.0001)
-    end = config.get("beta_end", 0.012 if heun else 0.02)
+    start, end, name = betas_of(config)
     T = config.get("num_train_timesteps", 1000)
-    name = config.get("beta_schedule", "linear")
     if config["_class_name"] == FLOW:
         schedule = NoiseSchedule.rectified_flow(T)
     elif config.get("trained_betas") is not None:
@@ -211,6 +223,28 @@ class Scheduler:
             }
         )
 
+    def distilled(self, original_inference_steps: int = 50) -> Scheduler:
+        """LCMScheduler's configuration with this noise and prediction: of a model distilled from this one.
+
+        Raises ValueError for a flow, which diffusers' LCMScheduler cannot draw with.
+        """
+        if self.config["_class_name"] == FLOW:
+            raise ValueError(f"{LCM} of diffusers knows no flow: distil a model that predicts v, eps or x0")
+        start, end, name = betas_of(self.config)
+        kept = ("num_train_timesteps", "trained_betas", "prediction_type", "rescale_betas_zero_snr")
+        return Scheduler.from_config(
+            {
+                "_class_name": LCM,
+                **{key: self.config[key] for key in kept if key in self.config},
+                "beta_start": start,
+                "beta_end": end,
+                "beta_schedule": name,
+                "original_inference_steps": original_inference_steps,
+                "set_alpha_to_one": True,
+                "clip_sample": False,
+            }
+        )
+
     def timesteps(self, count: int, solver: str | None = None) -> Timesteps:
         """The grid that diffusers' class for this solver lays out under this configuration, for count steps.
 
@@ -229,14 +263,17 @@ class Scheduler:
         if schedule.alpha[-1] == 0 and CLASSES[name] == config["_class_name"]:
             alpha = schedule.alpha.clamp(min=grid.smallest_alpha)
             schedule = NoiseSchedule(alpha, (1 - alpha**2).sqrt())
-        t = lay_out(
-            len(schedule.alpha),
-            count,
-            config.get("timestep_spacing", grid.spacing),
-            offset=config.get("steps_offset", 0),
-            points=count + grid.extra,
-            whole=grid.whole,
-        )
+        if CLASSES[name] == LCM:
+            t = skipped(len(schedule.alpha), count, config.get("original_inference_steps", 50))
+        else:
+            t = lay_out(
+                len(schedule.alpha),
+                count,
+                config.get("timestep_spacing", grid.spacing),
+                offset=config.get("steps_offset", 0),
+                points=count + grid.extra,
+                whole=grid.whole,
+            )
         if t[0] >= len(schedule.alpha):
             raise ValueError(f"{count} steps start at t={t[0]:.0f}, past the last: ask for fewer steps")
         ratio = schedule.ratio_at(t)

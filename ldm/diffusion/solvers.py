@@ -61,6 +61,17 @@ def ddim(steps: Timesteps, eta: float = 0.0) -> Tableau:
     return Tableau(steps, a, b[:, None], c)
 
 
+def consistency(steps: Timesteps) -> Tableau:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1): to x0, and back to the next level.
+
+    For models that answer with the end of the ODE, as by latent consistency distillation (Luo et al. 2023).
+    The boundary condition, x0 = xt at sigma = 0, holds by the parametrisation of v and eps. diffusers'
+    LCMScheduler mixes in c_skip xt (sigma_data 0.5, timestep_scaling 10): 7e-6 of it at t = 19, where a run
+    of 50 steps ends, and 1e-7 and less above t = 158.
+    """
+    return Tableau(steps, 0 * steps.alpha[1:], steps.alpha[1:, None], steps.sigma[1:])
+
+
 def _decay(steps: Timesteps) -> Tensor:
     """exp(-h) (S,) of the steps h in log_snr: 0, without infinities, from alpha = 0 and to sigma = 0."""
     return (steps.alpha[:-1] * steps.sigma[1:]) / (steps.alpha[1:] * steps.sigma[:-1])
@@ -190,4 +201,5 @@ SOLVERS: dict[str, Solver] = {
     "dpmpp_2m_sde": partial(dpmpp_2m, eta=1.0),
     "unipc": unipc,
     "plms": plms,
+    "lcm": consistency,
 }

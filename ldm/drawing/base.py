@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.adapters.adaptable import Adaptable
-from ldm.diffusion.guidance import Guidance, choose
+from ldm.diffusion.guidance import Guidance, choose, embedded
 from ldm.diffusion.noise import Noise
 from ldm.diffusion.sample import Denoiser, Step, trajectory
 from ldm.diffusion.scheduler import Scheduler
@@ -160,7 +160,16 @@ class Drawing(SingleFiles, Prompting, Autoencoding, Adaptable):
         """How far to follow the prompt, and by which guidance. Raises ValueError for what cannot be."""
         scale = self.defaults.guidance_scale if scale is None else scale
         options.check_guidance(scale, rescale or 0.0, interval)
-        return scale, choose(guidance, rescale, self.defaults.guidance_rescale, interval)
+        chosen = choose(guidance, rescale, self.defaults.guidance_rescale, interval)
+        if self.unet.config.time_cond_proj_dim is None:
+            return scale, chosen
+        for name, value in (("guidance_rescale", rescale), ("guidance_interval", interval)):
+            if value:
+                raise ValueError(
+                    f"{name}={value}: this model was distilled with its guidance and only takes a "
+                    "guidance_scale, leave it out"
+                )
+        return scale, embedded(chosen)
 
     def _bar(self, steps: Iterable[Step], total: int) -> Iterable[Step]:
         """The steps, with a progress bar where stderr is a terminal."""

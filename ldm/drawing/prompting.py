@@ -97,8 +97,11 @@ class Prompting(Movable):
         """
         cut, said = notices(prompt, self.tokenizers, weighting, "prompt")
         said += notices(negative, self.tokenizers, weighting, "negative prompt")[1]
-        if scale <= 1 and (negative or negative_embeds is not None):
-            said.append(f"the negative prompt has no effect without guidance: guidance_scale={scale}")
+        if negative or negative_embeds is not None:
+            if self.unet.config.time_cond_proj_dim is not None:
+                said.append("the negative prompt has no effect: this model was distilled with its guidance")
+            elif scale <= 1:
+                said.append(f"the negative prompt has no effect without guidance: guidance_scale={scale}")
         said = list(dict.fromkeys([*said, *also]))
         for notice in said:
             if strict:

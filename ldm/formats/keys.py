@@ -85,7 +85,8 @@ def unet_table(config: UNetConfig) -> dict[str, str]:
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
         "class_embedding": "label_emb",
-        "add_embedding": "add_embedding",  # GLIDE's pooled text, which CompVis' programs do not have
+        "add_embedding": "add_embedding",  # GLIDE's pooled text, which CompVis' programs do not have, ...
+        "time_embedding.cond_proj": "time_embedding.cond_proj",  # ... nor a distilled model's guidance
         "conv_in": "input_blocks.0.0",
         "conv_norm_out": "out.0",
         "conv_out": "out.2",

@@ -30,6 +30,7 @@ from text_encoder.tokenizer import Tokenizer
 TITLES = {
     **dict.fromkeys((TO_IMAGE, "LatentDiffusionPipeline"), "a model from text to image"),
     INPAINT: "a model for inpainting",
+    stock.FEW_STEPS.stock_class: "a model from text to image in few steps",
     UPSCALE: "an upscaler by 4",
 }
 NOT_DRAWN = "can be converted, but no pipeline here draws with it: diffusers' {} does"

@@ -111,8 +111,13 @@ def for_masks(layout: Layout) -> Layout:
     return layout._replace(stock_class=WITH_MASK[layout.stock_class])
 
 
+# The same of a UNet that was distilled with its guidance into few steps; for SDXL it is one class.
+FEW_STEPS = SD._replace(stock_class="LatentConsistencyModelPipeline")
+
+
 # What our pipelines read, by the class that a model_index.json names.
 LAYOUTS = {each.stock_class: each for kind in (SD, SDXL) for each in (kind, for_masks(kind))}
+LAYOUTS[FEW_STEPS.stock_class] = FEW_STEPS
 LAYOUTS["LatentDiffusionPipeline"] = SD
 UPSCALERS = {UPSCALER.stock_class: UPSCALER}
 READERS = dict.fromkeys(LAYOUTS, "LatentDiffusionPipeline") | dict.fromkeys(

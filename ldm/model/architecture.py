@@ -17,6 +17,7 @@ from autoencoder.layers import Downsample, Upsample
 from ldm.model.attention import ConvSpatialTransformer, NoAttention, SelfAttentionBlock, SpatialTransformer
 from ldm.model.blocks import (
     DownBlock,
+    GuidedTimeEmbedding,
     MidBlock,
     NoMidBlock,
     NoPooledText,
@@ -24,6 +25,7 @@ from ldm.model.blocks import (
     Resample,
     ScaleShiftResnet,
     TextAndSizes,
+    TimeEmbedding,
     TimeResnet,
     UpBlock,
     enlarge,
@@ -67,6 +69,7 @@ class UNetConfig:
     addition_embed_type_num_heads: int = 64  # of the attention that pools it, with "text"
     addition_time_embed_dim: int | None = None  # channels of each of the six sizes, with "text_time"
     projection_class_embeddings_input_dim: int | None = None  # of the vector: the pooled text and the sizes
+    time_cond_proj_dim: int | None = None  # channels in which it is told the guidance it answers with
     upcast_attention: bool | None = (
         False  # no effect: our kernels sum in float32 whatever the type of q and k
     )
@@ -87,7 +90,6 @@ class UNetConfig:
         "time_embedding_dim": None,
         "time_embedding_act_fn": None,
         "timestep_post_act": None,
-        "time_cond_proj_dim": None,
         "conv_in_kernel": 3,
         "conv_out_kernel": 3,
         "attention_type": "default",
@@ -159,9 +161,11 @@ class UNetConfig:
 
 
 def check_added(config: UNetConfig) -> None:
-    """Raises ValueError unless the keys that go with addition_embed_type fit it and each other."""
+    """Raises ValueError unless the keys of what is told beside t and tokens can be, and fit each other."""
     kind, size = config.addition_embed_type, config.addition_time_embed_dim
     vector, heads = config.projection_class_embeddings_input_dim, config.addition_embed_type_num_heads
+    if config.time_cond_proj_dim is not None and config.time_cond_proj_dim < 4:
+        raise ValueError(f"time_cond_proj_dim={config.time_cond_proj_dim}: expected 4 or more; 256 is usual")
     if kind == "text" and config.cross_attention_dim % heads:
         raise ValueError(
             f"addition_embed_type_num_heads={heads} does not divide "
@@ -282,6 +286,11 @@ def no_mid(config: UNetConfig) -> nn.Module:
 
 
 MID_BLOCKS = {"UNetMidBlock2DCrossAttn": cross_attention_mid, "UNetMidBlock2D": resnet_mid, None: no_mid}
+
+
+def time_embedding(config: UNetConfig) -> TimeEmbedding:
+    width, told = config.block_out_channels[0], config.time_cond_proj_dim
+    return TimeEmbedding(width, 4 * width) if told is None else GuidedTimeEmbedding(width, 4 * width, told)
 
 
 def no_pooled_text(config: UNetConfig) -> nn.Module:

@@ -38,8 +38,32 @@ class TimeEmbedding(nn.Module):
         self.linear_1 = nn.Linear(in_channels, channels)
         self.linear_2 = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, guidance_scale: Tensor | None = None) -> Tensor:
+        """guidance_scale is for GuidedTimeEmbedding, and not heard here."""
         return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class GuidedTimeEmbedding(TimeEmbedding):
+    """The same of a UNet that is told the guidance it answers with (Meng et al. 2023, section 3.1).
+
+    Told is w = guidance_scale - 1, their w, by sines and cosines of 1000 w.
+    """
+
+    def __init__(self, in_channels: int, channels: int, guidance_channels: int) -> None:
+        """guidance_channels: of those sines and cosines."""
+        super().__init__(in_channels, channels)
+        self.cond_proj = nn.Linear(guidance_channels, in_channels, bias=False)
+
+    def forward(self, x: Tensor, guidance_scale: Tensor | None = None) -> Tensor:
+        """guidance_scale: (B,), or a multiple; 1 is no guidance. Raises ValueError if it is missing."""
+        if guidance_scale is None:
+            raise ValueError(
+                "this UNet was distilled with its guidance and is told how much: pass a "
+                "ldm.model.context.Context with guidance_scale, (B,); 1 for none"
+            )
+        w = 1000 * (guidance_scale.float() - 1)
+        waves = timestep_embedding(w, self.cond_proj.in_features, cos_first=False, freq_shift=1)
+        return super().forward(repeated(x, like=w) + self.cond_proj(waves.to(x.dtype)))
 
 
 class ClassEmbedding(nn.Embedding):

@@ -30,7 +30,8 @@ class Context:
 
     embeddings: (B, N, D), of the tokens. SDXL is told more: pooled (B, P), of each text as a whole, and sizes
     (B, 6) in pixels, the original's height and width, the crop's top and left, the target's height and width.
-    A UNet with classes is told labels, (B,) int64.
+    A UNet with classes is told labels, (B,) int64, and one that was distilled with its guidance the
+    guidance_scale, (B,) float32, 1 for none.
     A run makes its own and hands it to the UNet in the place of the embeddings, so that the UNet keeps no
     state. It is not for two threads, nor for two UNets.
     """
@@ -41,23 +42,30 @@ class Context:
         pooled: Tensor | None = None,
         sizes: Tensor | None = None,
         labels: Tensor | None = None,
+        guidance_scale: Tensor | None = None,
     ) -> None:
         self.embeddings, self.pooled, self.sizes, self.labels = embeddings, pooled, sizes, labels
+        self.guidance_scale = guidance_scale
         self._made: dict[nn.Module, Any] = {}
 
     @classmethod
     def of(cls, *texts: Tensor | Context) -> Context:
         """A new one of the rows of these, one after the other. It holds what all of them hold."""
-        each = [(text, None, None, None) if isinstance(text, Tensor) else text.tensors for text in texts]
+        each = [(text, *[None] * 4) if isinstance(text, Tensor) else text.tensors for text in texts]
         return cls(*(_rows(parts) for parts in zip(*each, strict=True)))  # type: ignore[arg-type]
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        return self.embeddings, self.pooled, self.sizes, self.labels
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        return self.embeddings, self.pooled, self.sizes, self.labels, self.guidance_scale
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Context:
         """A new one of these tensors, changed."""
         return Context(*(part if part is None else change(part) for part in self.tensors))  # type: ignore[arg-type]
+
+    def guided(self, scale: float | Tensor) -> Context:
+        """A new one of these tensors that tells this guidance_scale: of all rows, or (B,)."""
+        rows = torch.as_tensor(scale, dtype=torch.float32, device=self.embeddings.device).expand(len(self))
+        return Context(*self.tensors[:-1], rows)
 
     def __len__(self) -> int:
         return len(self.embeddings)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.layers import AttentionBlock, GroupNormSiLU, ResnetBlock, recompute, rename_attention
-from ldm.model.architecture import ADDED, MID_BLOCKS, UNetConfig, down_blocks, up_blocks
+from ldm.model.architecture import ADDED, MID_BLOCKS, UNetConfig, down_blocks, time_embedding, up_blocks
 from ldm.model.attention import CrossAttention, SelfAttentionBlock, SpatialTransformer, check_backend
-from ldm.model.blocks import ClassEmbedding, NoClasses, TimeEmbedding, timestep_embedding
+from ldm.model.blocks import ClassEmbedding, NoClasses, timestep_embedding
 from ldm.model.compiled import compile_in_training
 from ldm.model.context import Context, Predict, repeated
 
@@ -57,7 +57,7 @@ class UNet(nn.Module):
         self.config = config
         width, classes = config.block_out_channels[0], config.num_class_embeds
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
-        self.time_embedding = TimeEmbedding(width, 4 * width)
+        self.time_embedding = time_embedding(config)
         self.class_embedding = NoClasses() if classes is None else ClassEmbedding(classes, 4 * width)
         self.add_embedding = ADDED[config.addition_embed_type](config)
         down, skips = down_blocks(config)
@@ -84,18 +84,21 @@ class UNet(nn.Module):
         """The model's prediction, in whatever kind it was trained on: (B, out_channels, h, w).
 
         xt: (B, in_channels, h, w), any h and w. t: (B,), or (1,) for all; 0 is the cleanest.
-        context: (B, N, cross_attention_dim), or a Context, which tells SDXL more, and may hold the labels.
+        context: (B, N, cross_attention_dim), or a Context, which tells SDXL more, may hold the labels, and
+        tells a UNet with time_cond_proj_dim its guidance.
         class_labels: (B,) int64, for a UNet with num_class_embeds.
         Of k texts for every xt, (k * B, N, D) as cat([texts 1, texts 2]), come as many answers, and what does
         not depend on the text is computed once. So it is with k * B class_labels.
-        Raises ValueError if class_labels is missing, or given to a UNet without classes, if SDXL is told too
-        little, and if the rows of these are no multiple of xt's.
+        Raises ValueError if class_labels is missing, or given to a UNet without classes, if SDXL or a UNet
+        with time_cond_proj_dim is told too little, and if the rows of these are no multiple of xt's.
         """
+        scale = context.guidance_scale if isinstance(context, Context) else None
         if class_labels is None and isinstance(context, Context):
             class_labels = context.labels
-        check_rows(xt, t=t, context=context, class_labels=class_labels)
+        check_rows(xt, t=t, context=context, class_labels=class_labels, guidance_scale=scale)
         context = context if context is None else context.to(self.dtype)
-        temb = self.class_embedding(self.time_embedding(self.embed_time(t).to(self.dtype)), class_labels)
+        temb = self.time_embedding(self.embed_time(t).to(self.dtype), scale)
+        temb = self.class_embedding(temb, class_labels)
         temb = self.add_embedding(temb, context)
         skips = [repeated(self.conv_in(xt.to(self.dtype)), like=temb)]
         for block in self.down_blocks:

@@ -21,6 +21,7 @@ A1111 = {
     "dpmpp_2m_sde": "DPM++ 2M SDE",
     "unipc": "UniPC",
     "plms": "PLMS",
+    "lcm": "LCM",
 }
 PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,"]*)(?:,|$)')
 

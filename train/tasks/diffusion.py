@@ -77,6 +77,11 @@ class DiffusionRecipe(CachedConfig):
                 f"unet.num_class_embeds={self.unet.num_class_embeds} and data.label={self.data.label}: set "
                 "both (data.label: subject, folder or a column), or neither"
             )
+        if self.unet.time_cond_proj_dim is not None:
+            raise ValueError(
+                f"unet.time_cond_proj_dim={self.unet.time_cond_proj_dim}: a UNet that is told its guidance "
+                "comes from train/train_consistency.py, which distils one that is not; use null"
+            )
         if self.unet.pooled_channels:
             raise ValueError(
                 "unet.addition_embed_type=text_time, SDXL's: it draws but does not train here, as it is told "
