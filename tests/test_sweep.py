@@ -1,7 +1,6 @@
 """`python -m ldm.evaluate sweep`: every setting drawn once, counted, timed and compared with the solution."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -43,40 +42,6 @@ def test_ticks():
     assert ticks(0.15, 0.29) == pytest.approx([0.16 + 0.02 * k for k in range(7)])
     assert even_ticks(-20, 1020) == [0, 200, 400, 600, 800, 1000]
     assert even_ticks(0.1, 0.9) == pytest.approx([0.1 * k for k in range(1, 10)])
-
-
-def test_losses(tmp_path, monkeypatch, capsys):
-    """A run's validations by step, the last line cut short; several runs by their newest."""
-    monkeypatch.chdir(tmp_path)
-    for run, fall in (("one", 0.1), ("two", 0.3)):
-        lines = [{"step": step, "loss": 1.0} for step in (1, 2)]
-        lines += [
-            {"step": step, "validation/loss": 1.0, "validation/loss_64": 1.0}
-            | {f"validation/loss_t{t:03d}": 1 / (1 + fall * step + t / 500) for t in (62, 562, 937)}
-            for step in range(100, 1001, 100)
-        ]
-        (tmp_path / run).mkdir()
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (tmp_path / run / "metrics.jsonl").write_text(text + '{"step": 1100, "validation/lo')
-    assert evaluate.main(["losses", "one", "--lines=3", "--output=out"]) == 0
-    assert capsys.readouterr().out == "out/report.md\n"
-    rows = (tmp_path / "out/report.md").read_text().split("\n\n")[2].splitlines()
-    assert rows[0] == "| | 62 | 562 | 937 |"
-    assert [row.split(" | ")[0] for row in rows[2:]] == ["| step 100", "| step 500", "| step 1,000"]
-    assert rows[-1].endswith(f"| {1 / (1 + 100 + 937 / 500):.4f} |")
-    assert (tmp_path / "out/losses.png").is_file()
-    assert evaluate.main(["losses", "one", "two"]) == 0
-    assert "| two, step 1,000 |" in (tmp_path / "losses/report.md").read_text()
-    shutil.copytree(tmp_path / "one", tmp_path / "other/one")
-    assert evaluate.main(["losses", "one", "other/one"]) == 0
-    told = (tmp_path / "losses/report.md").read_text()
-    assert "| one, step" in told
-    assert "| other/one, step" in told
-    (tmp_path / "two/metrics.jsonl").write_text('{"step": 1, "loss": 1.0}')
-    for run, told in {"nowhere": "nowhere is no folder of a run", "two": "--validation-samples"}.items():
-        capsys.readouterr()
-        assert evaluate.main(["losses", run]) == 2
-        assert told in capsys.readouterr().err
 
 
 @pytest.mark.slow
