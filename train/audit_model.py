@@ -65,6 +65,7 @@ class ModelAuditRecipe:
     drawn: str | None = None  # folder of pictures that it drew; null: it draws now
     count: int = 100  # captions of the training to draw, and as many of what scenes it never saw
     seed: int = 0  # of the first picture; the next have the next
+    overwrite: bool = False  # draw anew what another recipe drew
     known: int = 1000  # training pictures, evenly spread, that tell how near chance brings two
     quantile: float = 0.01  # of them, that lie below the threshold
     extractor: str = "random-conv"  # or inception=FILE, dinov2=FOLDER, clip=FOLDER
@@ -105,7 +106,8 @@ def pictures_of(recipe: ModelAuditRecipe, source: Source) -> tuple[Folder, dict[
         {"prompt": prompt, "seed": recipe.seed + place, "name": f"{place + 1:05d}"}
         for place, prompt in enumerate(prompts)
     ]
-    home = draw(lines, {"model": str(pipeline_folder(recipe.model))}, Path(recipe.output))
+    how = {"model": str(pipeline_folder(recipe.model)), "overwrite": recipe.overwrite}
+    home = draw(lines, how, Path(recipe.output))
     groups, first = {}, 0
     for what, some in asked.items():
         groups[what], first = range(first, first + len(some)), first + len(some)
