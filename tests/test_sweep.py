@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from ldm import evaluate
-from ldm.metrics.plot import even_ticks, ticks
+from ldm.metrics.plot import even_ticks, logarithmic, ticked, ticks
 from ldm.metrics.probes import relative_error
 from ldm.metrics.subcommands import make_sweep_parser, settings_of
+from ldm.metrics.sweep import by_calls, write_sweep
 from tests.test_evaluate import paint
 from tests.tiny import tiny_pipeline
 
@@ -37,7 +38,34 @@ def test_settings():
             parse(*words)
 
 
+def test_tables(tmp_path):
+    """A line for each solver of ours and of diffusers' by calls; what one lacks is a dash, or no line."""
+    ours = [
+        {"sampler": "ddim", "steps": 5, "calls": 10, "seconds": 0.25, "error": 0.21},
+        {"sampler": "heun", "steps": 5, "calls": 18, "seconds": 0.5, "error": 0.1},
+        {"sampler": "euler_a", "steps": 5, "calls": 10, "seconds": 0.25, "error": None},
+    ]
+    theirs = [(10, 0.5, 0.2), (None, None, None), (10, 0.5, None)]
+    names = [f"diffusers {name}" for name in ("calls", "seconds", "error")]
+    rows = [row | dict(zip(names, each, strict=True)) for row, each in zip(ours, theirs, strict=True)]
+    assert by_calls(rows, "error") == [
+        "| solver | by | 10 | 18 |",
+        "|---|---|---:|---:|",
+        "| ddim | ours | 0.210 | – |",
+        "| ddim | diffusers | 0.200 | – |",
+        "| heun | ours | – | 0.100 |",
+    ]
+    assert len(by_calls(rows, "seconds")) == 2 + 5
+    protocol = {"probes": {"pictures": 4, "exact": "dpmpp_2m, 1000 steps", "diffusers": "0.42"}}
+    report = write_sweep(tmp_path, rows, protocol).read_text()
+    assert "diffusers 0.42 draws with the same weights" in report
+    assert (tmp_path / "error-by-calls.png").is_file()
+
+
 def test_ticks():
+    few = ticked(logarithmic("calls"), [40, 10, 10, 20])
+    assert few.ticks(9, 46) == [10, 20, 40]
+    assert ticked(logarithmic("calls"), [10, 10.1, 40]).ticks(9, 46) == ticks(9, 46)
     assert ticks(4, 60) == [5, 10, 20, 50]
     assert ticks(0.15, 0.29) == pytest.approx([0.16 + 0.02 * k for k in range(7)])
     assert even_ticks(-20, 1020) == [0, 200, 400, 600, 800, 1000]
@@ -64,6 +92,7 @@ def test_beside_diffusers(tmp_path, monkeypatch, caplog):
             assert row["diffusers error"] == pytest.approx(row["error"], rel=0.02, abs=1e-4)
     report = (tmp_path / "out/report.md").read_text()
     assert "| sampler | steps | guidance_scale | calls | seconds | error | diffusers calls |" in report
+    assert "| ddim-3 | diffusers |" in report
     tiny_pipeline(rescale_betas_zero_snr=True).save_pretrained(tmp_path / "model")
     assert evaluate.main([*words[:5], "--steps=5", "--samplers=heun", "--output=other"]) == 0
     assert "HeunDiscreteScheduler has other noise levels than this model: left out" in caplog.text

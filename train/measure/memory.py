@@ -7,6 +7,7 @@ through that autoencoder too, before they are compared with all training picture
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -123,7 +124,8 @@ def passing(every: Looking, workers: int) -> Iterator[Looks]:
     """All pictures, a batch at a time."""
     options: dict[str, Any] = {"multiprocessing_context": "spawn"} if workers else {}
     loader = DataLoader(every, batch_size=None, num_workers=workers, **options)
-    with tqdm(total=len(every.indices), unit=" pictures", desc="looking", leave=False) as bar:
+    quiet = not sys.stderr.isatty()
+    with tqdm(total=len(every.indices), unit=" pictures", desc="looking", leave=False, disable=quiet) as bar:
         for looks in loader:
             bar.update(len(looks.places))
             if len(looks.places):
