@@ -1,13 +1,17 @@
 """Learnt by heart, or not: what chance makes near, copies that are found, and new pictures that are not."""
 
+import io
 import json
 import math
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from ldm.metrics import extractors
 from ldm.metrics.copies import Neighbours, chance_of, judge, nearness
+from tests.test_audit import scene
+from tests.test_tars import write_tar
 from tests.tiny import tiny_pipeline
 from train import audit_data, audit_model
 from train.data.pictures import to_images, to_tensor
@@ -96,6 +100,7 @@ def test_a_model_is_audited(tmp_path, monkeypatch, capsys):
     tiny_pipeline().save_pretrained(tmp_path / "model")
     words = ["--model", str(tmp_path / "model"), "--data.source", "shapes", "--data.size", "32"]
     words += ["--data.length", "40", "--count", "3", "--known", "20", "--quantile", "0.05", "--pairs", "4"]
+    words += ["--extractor", "random-conv"]
     told = []
     for workers in ("0", "2"):
         assert audit_model.main([*words, "--output", str(tmp_path / "out"), "--workers", workers]) == 0
@@ -126,6 +131,30 @@ def test_a_model_is_audited(tmp_path, monkeypatch, capsys):
 def test_what_no_audit_can_be(tmp_path, option, told):
     with pytest.raises(ValueError, match=told):
         audit_model.main(["--output", str(tmp_path), option])
+
+
+def test_duplicates_in_tars(tmp_path, monkeypatch):
+    """The same pixels in two tars, and a mirror image, by the names that they have there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def packed(image: Image.Image, form: str = "PNG") -> bytes:
+        file = io.BytesIO()
+        image.save(file, form)
+        return file.getvalue()
+
+    files = {f"{seed}.{kind}": scene(seed) for seed in range(6) for kind in ("png", "txt")}
+    first = {name: packed(image) if name.endswith("png") else name for name, image in files.items()}
+    write_tar(tmp_path / "a.tar", first)
+    again = {"x.bmp": packed(scene(2), "BMP"), "x.txt": "x", "y.png": packed(ImageOps.mirror(scene(4)))}
+    write_tar(tmp_path / "b.tar", again | {"y.txt": "y"})
+    words = ["--output", str(tmp_path / "out"), "--data.source", str(tmp_path / "{a,b}.tar"), "--ratio", "0"]
+    assert audit_data.main(words) == 0
+    pairs = json.loads((tmp_path / "out/pairs.json").read_text())["pairs"]
+    told = {
+        tuple(sorted(pair[name].split(": ")[-1] for name in ("picture", "other"))): pair["why"]
+        for pair in pairs
+    }
+    assert told == {("2", "x"): "identical", ("4", "y"): "hash"}
 
 
 def test_duplicates_in_scenes(tmp_path, capsys):

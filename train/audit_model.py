@@ -7,10 +7,10 @@
 
 Give it the --data.* of the training. The model draws captions that it was trained on and, of drawn scenes,
 others of combinations that it never saw. A picture is called a copy if it is nearer to one training picture,
-by its distance over the mean of those to the 50 nearest (Carlini et al. 2023), than the nearest 1 % of
-training pictures are to the others. Chance makes some copies so: the verdict is whether there are more. The
-report also tells which share of training pictures this finds when they come back from the autoencoder, as a
-copy would.
+by its distance over the mean of those to the 50 nearest (Carlini et al. 2023), than the nearest of 1,000
+training pictures is to the others. Chance makes some copies so: the verdict is whether there are more. The
+report also tells how many it takes to tell, and which share of training pictures is found when they come back
+from the autoencoder, as a copy would.
 
 --output holds report.md, copies.json, sheet.png and the pictures; a second run draws what lacks.
 """
@@ -67,8 +67,8 @@ class ModelAuditRecipe:
     seed: int = 0  # of the first picture; the next have the next
     overwrite: bool = False  # draw anew what another recipe drew
     known: int = 1000  # training pictures, evenly spread, that tell how near chance brings two
-    quantile: float = 0.01  # of them, that lie below the threshold
-    extractor: str = "random-conv"  # or inception=FILE, dinov2=FOLDER, clip=FOLDER
+    quantile: float = 0.001  # of them, that lie below the threshold; duplicates in the data ask for more
+    extractor: str | None = None  # beside pixels: inception=FILE, dinov2=FOLDER, clip=FOLDER, random-conv
     pairs: int = 32  # on the sheet, the nearest
     workers: int = os.cpu_count() or 1  # processes that read the training pictures; 0: none beside this one
 
@@ -77,7 +77,7 @@ class ModelAuditRecipe:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: expected {least} or more")
         if not 0 < self.quantile < 0.5:
-            raise ValueError(f"quantile={self.quantile}: expected above 0 and below 0.5; 0.01 is usual")
+            raise ValueError(f"quantile={self.quantile}: expected above 0 and below 0.5; 0.001 is usual")
 
 
 def prompts_of(recipe: ModelAuditRecipe, source: Source) -> dict[str, list[str]]:
@@ -121,8 +121,9 @@ def verdict_of(findings: Findings, groups: Mapping[str, range]) -> list[str]:
         for what, places in groups.items():
             count, chance = each.copies(places), each.chance(places)
             expected = len(places) * each.rank / (each.known + 1)
+            least = next((k for k in range(len(places) + 1) if each.chance_of(k, places) < SIGNIFICANT), "–")
             rows.append(
-                f"| {what} | {way} | {count} of {len(places)} | {expected:.1f} | {chance:.2g} | "
+                f"| {what} | {way} | {count} of {len(places)} | {expected:.1f} | {chance:.2g} | {least} | "
                 f"{each.threshold:.3f} | {each.found:.1%} |"
             )
             if chance < SIGNIFICANT:
@@ -136,11 +137,15 @@ def verdict_of(findings: Findings, groups: Mapping[str, range]) -> list[str]:
     return [
         first,
         "",
-        "| pictures of | by | copies | by chance | chance of as many | threshold | true copies found |",
-        "|---|---|---|---|---|---|---|",
+        "| pictures of | by | copies | by chance | chance of it | it takes | threshold | true ones found |",
+        "|---|---|---|---|---|---|---|---|",
         *rows,
         "",
-        *(f"By {way} few true copies are found: that there are none says little." for way in blind),
+        *(
+            f"By {way} few true copies are found, so that none are told says little. Duplicates in the data "
+            "lower the threshold: train.audit_data finds them, and a larger --quantile passes over them."
+            for way in blind
+        ),
     ]
 
 
@@ -172,8 +177,9 @@ def write(recipe: ModelAuditRecipe, lines: Sequence[str], facts: Mapping[str, An
         *("# Learnt by heart?", "", *lines, ""),
         "A copy: its distance to the nearest training picture, over the mean of its 50 nearest, is below the "
         f"threshold, the ratio below which {recipe.quantile:.1%} of {recipe.known} training pictures lie, "
-        "each back from the autoencoder and against all but itself. True copies found: the share of these "
-        f"that are told as copies of themselves. Pixels are averaged to {GRID}x{GRID}.",
+        "each back from the autoencoder and against all but itself. True ones found: the share of these "
+        "that are told as copies of themselves. It takes so many copies for a chance below "
+        f"{SIGNIFICANT:g}. Pixels are averaged to {GRID}x{GRID}.",
         *("", "![the nearest by pixels: drawn, and beside it the training picture](sheet.png)", ""),
         *("## Protocol", "", *protocol),
     ]
@@ -187,7 +193,7 @@ def audit(recipe: ModelAuditRecipe) -> Path:
     output, home = Path(recipe.output), pipeline_folder(recipe.model)
     check_output(output / "sheet.png", overwrite=True)
     device = find_device(None)
-    extractor = find_extractor(recipe.extractor, device)
+    extractor = find_extractor(recipe.extractor, device) if recipe.extractor else None
     source = open_source(recipe.data)
     drawn, groups = pictures_of(recipe, source)
     findings = look_for_copies(
@@ -200,14 +206,14 @@ def audit(recipe: ModelAuditRecipe) -> Path:
         quantile=recipe.quantile,
         workers=recipe.workers,
     )
-    looking = Looking(source, recipe.data.size, extractor, range(len(source)))
+    looking = Looking(source, recipe.data.size, extractor)
     save_picture(sheet(recipe, drawn, source, findings, looking), output / "sheet.png", overwrite=True)
     protocol = {
         "model": recipe.model or "bundled",
         "model_hash": model_hash(home / name for name in MODELS),
         "ema": averaged(str(home)),
         "data": f"{findings.trained} pictures came by, of {source.description}",
-        "extractor": f"{extractor.name}, {extractor.digest[:16]}",
+        "extractor": f"{extractor.name}, {extractor.digest[:16]}" if extractor else "none",
         "known": recipe.known,
         "quantile": recipe.quantile,
         "torch": str(torch.__version__),

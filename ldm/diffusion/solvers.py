@@ -71,7 +71,7 @@ def _nodes(steps: Timesteps) -> Tensor:
 
     Near alpha = 0 an answer x0 is linear in alpha / sigma = exp(log_snr). So at the second level its slope in
     log_snr is all of what it has changed since the first, as on a line that begins 1 before. The papers have
-    no such level, and diffusers puts a small alpha in its place, hence a line that is eight times too long.
+    no such level, and diffusers puts alpha = 2**-12 in its place: a line some five times longer.
     """
     nodes = steps.log_snr.clone()
     if nodes[0].isneginf():

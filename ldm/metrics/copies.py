@@ -92,9 +92,13 @@ class Verdict(NamedTuple):
         """How many of the pictures at `rows` are told."""
         return int((self.nearness.ratio[list(rows)] < self.threshold).sum())
 
+    def chance_of(self, copies: int, rows: Sequence[int]) -> float:
+        """That so many or more are told, of pictures that are as new as training pictures to each other."""
+        return chance_of(copies, len(rows), self.rank, self.known)
+
     def chance(self, rows: Sequence[int]) -> float:
-        """That so many or more are, of pictures that are as new as training pictures are to each other."""
-        return chance_of(self.copies(rows), len(rows), self.rank, self.known)
+        """The same of as many as are told."""
+        return self.chance_of(self.copies(rows), rows)
 
 
 def judge(neighbours: Neighbours, own: Tensor, quantile: float) -> Verdict:

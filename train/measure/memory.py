@@ -1,8 +1,8 @@
 """Has a model learnt training pictures by heart? What it draws against all of them, and what chance does.
 
-Pictures are looked at in two ways: as pixels, and as an extractor sees them; ldm/metrics/copies.py tells what
-is near. What a model draws is soft, as its autoencoder is, so the training pictures that set the threshold go
-through that autoencoder too, before they are compared with all training pictures as they are.
+Pictures are looked at as pixels and, if asked for, as an extractor sees them; ldm/metrics/copies.py tells
+what is near. What a model draws is soft, as its autoencoder is, so the training pictures that set the
+threshold go through that autoencoder too, before they are compared with all training pictures as they are.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ class Looks(NamedTuple):
 
     places: Tensor  # (B,) int64, in the source
     pixels: Tensor  # (B, 3, GRID, GRID) uint8
-    seen: Tensor  # (B, 3, side, side) float32 in [0, 255], for the extractor
+    seen: Tensor  # (B, 3, side, side) float32 in [0, 255], for the extractor; (B, 0) without one
 
 
 class Looking(Dataset[Looks]):
     """The squares that training sees of a source, by the batch, without what cannot be decoded."""
 
-    def __init__(self, source: Source, size: int, extractor: Extractor, indices: Sequence[int]) -> None:
-        self.source, self.size, self.indices = source, size, indices
-        self.side, self.filter = extractor.side, extractor.filter
+    def __init__(self, source: Source, size: int, extractor: Extractor | None) -> None:
+        self.source, self.size = source, size
+        self.scaling = None if extractor is None else (extractor.filter, extractor.side)
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // BATCH)
+        return -(-len(self.source) // BATCH)
 
     def __getitem__(self, number: int) -> Looks:
-        places = self.indices[number * BATCH : (number + 1) * BATCH]
+        places = range(number * BATCH, min((number + 1) * BATCH, len(self.source)))
         return self.looks([(place, image) for place in places if (image := self.square(place)) is not None])
 
     def square(self, place: int) -> Image.Image | None:
@@ -65,20 +65,25 @@ class Looking(Dataset[Looks]):
 
     def looks(self, pictures: Sequence[tuple[int, Image.Image]]) -> Looks:
         """Of pictures with their places."""
-        scale = FILTERS[self.filter]
-        small = [np.array(image.resize((GRID, GRID), Image.Resampling.BOX)) for _, image in pictures]
-        seen = [scale(image, self.side) for _, image in pictures]
-        return Looks(
-            torch.tensor([place for place, _ in pictures], dtype=torch.int64),
-            torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2) if small else torch.zeros(0, 3, GRID, GRID),
-            torch.stack(seen) if seen else torch.zeros(0, 3, self.side, self.side),
-        )
+        count = len(pictures)
+        pixels = torch.zeros(count, 3, GRID, GRID, dtype=torch.uint8)
+        seen = torch.zeros((count, 3, self.scaling[1], self.scaling[1]) if self.scaling else (count, 0))
+        for row, (_, image) in enumerate(pictures):
+            small = np.array(image.resize((GRID, GRID), Image.Resampling.BOX))
+            pixels[row] = torch.from_numpy(small).permute(2, 0, 1)
+            if self.scaling:
+                name, side = self.scaling
+                seen[row] = FILTERS[name](image, side)
+        return Looks(torch.tensor([place for place, _ in pictures], dtype=torch.int64), pixels, seen)
 
 
-def vectors(looks: Looks, extractor: Extractor) -> dict[str, Tensor]:
+def vectors(looks: Looks, extractor: Extractor | None) -> dict[str, Tensor]:
     """What distances are taken of, (B, D) float32, by the way of looking."""
-    parts = [extractor(part).pooled.float().cpu() for part in looks.seen.split(64)]
-    return {PIXELS: looks.pixels.flatten(1).float() / 127.5 - 1, extractor.name: torch.cat(parts)}
+    found = {PIXELS: looks.pixels.flatten(1).float() / 127.5 - 1}
+    if extractor is not None:
+        parts = [extractor(part).pooled.float().cpu() for part in looks.seen.split(64)]
+        found[extractor.name] = torch.cat(parts)
+    return found
 
 
 class Findings(NamedTuple):
@@ -92,7 +97,7 @@ def look_for_copies(
     drawn: Sequence[Image.Image],
     source: Source,
     vae: AutoencoderKL,
-    extractor: Extractor,
+    extractor: Extractor | None = None,
     *,
     size: int,
     known: int,
@@ -105,7 +110,7 @@ def look_for_copies(
     ratios. workers: processes that read or draw the training pictures; 0: this one.
     Raises ValueError for a source of which fewer than three pictures can be read.
     """
-    every = Looking(source, size, extractor, range(len(source)))
+    every = Looking(source, size, extractor)
     squares = [(place, every.square(place)) for place in spread(len(source), known)]
     chosen = [(place, image) for place, image in squares if image is not None]
     back = through(vae, torch.stack([to_tensor(image) for _, image in chosen])) if chosen else torch.zeros(0)
@@ -125,7 +130,7 @@ def passing(every: Looking, workers: int) -> Iterator[Looks]:
     options: dict[str, Any] = {"multiprocessing_context": "spawn"} if workers else {}
     loader = DataLoader(every, batch_size=None, num_workers=workers, **options)
     quiet = not sys.stderr.isatty()
-    with tqdm(total=len(every.indices), unit=" pictures", desc="looking", leave=False, disable=quiet) as bar:
+    with tqdm(total=len(every.source), unit=" pictures", desc="looking", leave=False, disable=quiet) as bar:
         for looks in loader:
             bar.update(len(looks.places))
             if len(looks.places):
