@@ -61,11 +61,11 @@ def test_audit(run, tmp_path):
     by_hash = {frozenset((pair["picture"], pair["other"])): pair["why"] for pair in pairs}
     found = {tuple(sorted(names)): why for names, why in by_hash.items() if why != "features"}
     assert found == {
-        ("003.png", "same.png"): "same file",
+        ("003.png", "same.png"): "identical",
         ("007.png", "large.jpg"): "hash",
         ("005.png", "mirrored.png"): "hash",
     }
-    assert pairs[0]["why"] == "same file"
+    assert pairs[0]["why"] == "identical"
     assert "differ in at most 6 of 63 bits" in (tmp_path / "out/report.md").read_text()
     scene(11).save(tmp_path / "drawn/learnt.png")
     assert run("drawn", "--against=train", "--output=seen", "--ratio=0.01")[0] == 0

@@ -1,15 +1,15 @@
 """`python -m ldm.evaluate sweep`: every setting drawn once, counted, timed and compared with the solution."""
 
 import json
-import shutil
 
 import pytest
 import torch
 
 from ldm import evaluate
-from ldm.metrics.plot import even_ticks, ticks
+from ldm.metrics.plot import even_ticks, logarithmic, ticked, ticks
 from ldm.metrics.probes import relative_error
 from ldm.metrics.subcommands import make_sweep_parser, settings_of
+from ldm.metrics.sweep import by_calls, write_sweep
 from tests.test_evaluate import paint
 from tests.tiny import tiny_pipeline
 
@@ -38,45 +38,38 @@ def test_settings():
             parse(*words)
 
 
+def test_tables(tmp_path):
+    """A line for each solver of ours and of diffusers' by calls; what one lacks is a dash, or no line."""
+    ours = [
+        {"sampler": "ddim", "steps": 5, "calls": 10, "seconds": 0.25, "error": 0.21},
+        {"sampler": "heun", "steps": 5, "calls": 18, "seconds": 0.5, "error": 0.1},
+        {"sampler": "euler_a", "steps": 5, "calls": 10, "seconds": 0.25, "error": None},
+    ]
+    theirs = [(10, 0.5, 0.2), (None, None, None), (10, 0.5, None)]
+    names = [f"diffusers {name}" for name in ("calls", "seconds", "error")]
+    rows = [row | dict(zip(names, each, strict=True)) for row, each in zip(ours, theirs, strict=True)]
+    assert by_calls(rows, "error") == [
+        "| solver | by | 10 | 18 |",
+        "|---|---|---:|---:|",
+        "| ddim | ours | 0.210 | – |",
+        "| ddim | diffusers | 0.200 | – |",
+        "| heun | ours | – | 0.100 |",
+    ]
+    assert len(by_calls(rows, "seconds")) == 2 + 5
+    protocol = {"probes": {"pictures": 4, "exact": "dpmpp_2m, 1000 steps", "diffusers": "0.42"}}
+    report = write_sweep(tmp_path, rows, protocol).read_text()
+    assert "diffusers 0.42 draws with the same weights" in report
+    assert (tmp_path / "error-by-calls.png").is_file()
+
+
 def test_ticks():
+    few = ticked(logarithmic("calls"), [40, 10, 10, 20])
+    assert few.ticks(9, 46) == [10, 20, 40]
+    assert ticked(logarithmic("calls"), [10, 10.1, 40]).ticks(9, 46) == ticks(9, 46)
     assert ticks(4, 60) == [5, 10, 20, 50]
     assert ticks(0.15, 0.29) == pytest.approx([0.16 + 0.02 * k for k in range(7)])
     assert even_ticks(-20, 1020) == [0, 200, 400, 600, 800, 1000]
     assert even_ticks(0.1, 0.9) == pytest.approx([0.1 * k for k in range(1, 10)])
-
-
-def test_losses(tmp_path, monkeypatch, capsys):
-    """A run's validations by step, the last line cut short; several runs by their newest."""
-    monkeypatch.chdir(tmp_path)
-    for run, fall in (("one", 0.1), ("two", 0.3)):
-        lines = [{"step": step, "loss": 1.0} for step in (1, 2)]
-        lines += [
-            {"step": step, "validation/loss": 1.0, "validation/loss_64": 1.0}
-            | {f"validation/loss_t{t:03d}": 1 / (1 + fall * step + t / 500) for t in (62, 562, 937)}
-            for step in range(100, 1001, 100)
-        ]
-        (tmp_path / run).mkdir()
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (tmp_path / run / "metrics.jsonl").write_text(text + '{"step": 1100, "validation/lo')
-    assert evaluate.main(["losses", "one", "--lines=3", "--output=out"]) == 0
-    assert capsys.readouterr().out == "out/report.md\n"
-    rows = (tmp_path / "out/report.md").read_text().split("\n\n")[2].splitlines()
-    assert rows[0] == "| | 62 | 562 | 937 |"
-    assert [row.split(" | ")[0] for row in rows[2:]] == ["| step 100", "| step 500", "| step 1,000"]
-    assert rows[-1].endswith(f"| {1 / (1 + 100 + 937 / 500):.4f} |")
-    assert (tmp_path / "out/losses.png").is_file()
-    assert evaluate.main(["losses", "one", "two"]) == 0
-    assert "| two, step 1,000 |" in (tmp_path / "losses/report.md").read_text()
-    shutil.copytree(tmp_path / "one", tmp_path / "other/one")
-    assert evaluate.main(["losses", "one", "other/one"]) == 0
-    told = (tmp_path / "losses/report.md").read_text()
-    assert "| one, step" in told
-    assert "| other/one, step" in told
-    (tmp_path / "two/metrics.jsonl").write_text('{"step": 1, "loss": 1.0}')
-    for run, told in {"nowhere": "nowhere is no folder of a run", "two": "--validation-samples"}.items():
-        capsys.readouterr()
-        assert evaluate.main(["losses", run]) == 2
-        assert told in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -99,6 +92,7 @@ def test_beside_diffusers(tmp_path, monkeypatch, caplog):
             assert row["diffusers error"] == pytest.approx(row["error"], rel=0.02, abs=1e-4)
     report = (tmp_path / "out/report.md").read_text()
     assert "| sampler | steps | guidance_scale | calls | seconds | error | diffusers calls |" in report
+    assert "| ddim-3 | diffusers |" in report
     tiny_pipeline(rescale_betas_zero_snr=True).save_pretrained(tmp_path / "model")
     assert evaluate.main([*words[:5], "--steps=5", "--samplers=heun", "--output=other"]) == 0
     assert "HeunDiscreteScheduler has other noise levels than this model: left out" in caplog.text

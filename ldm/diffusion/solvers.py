@@ -77,14 +77,27 @@ def _decay(steps: Timesteps) -> Tensor:
     return (steps.alpha[:-1] * steps.sigma[1:]) / (steps.alpha[1:] * steps.sigma[:-1])
 
 
+def _nodes(steps: Timesteps) -> Tensor:
+    """log_snr (S + 1,) where answers are interpolated: -infinity, of alpha = 0, counts as 1 below the next.
+
+    Near alpha = 0 an answer x0 is linear in alpha / sigma = exp(log_snr). So at the second level its slope in
+    log_snr is all of what it has changed since the first, as on a line that begins 1 before. The papers have
+    no such level, and diffusers puts alpha = 2**-12 in its place: a line some five times longer.
+    """
+    nodes = steps.log_snr.clone()
+    if nodes[0].isneginf():
+        nodes[0] = nodes[1] - 1
+    return nodes
+
+
 def dpmpp_2m(steps: Timesteps, eta: float = 0.0) -> Tableau:
     """DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2), order 2. eta = 1: its SDE form, SDE-DPM-Solver++(2M).
 
     The last step is of order 1 if it ends at sigma = 0, where h is infinite, or if there are less than 15.
     """
-    sigma, h, decay = steps.sigma, steps.log_snr.diff(), _decay(steps)
+    sigma, h, decay = steps.sigma, _nodes(steps).diff(), _decay(steps)
     part = torch.zeros_like(h)  # 1 / (2 r): how much of the last change of x0 goes on
-    part[1:] = h[1:] / h[:-1] / 2  # 0 after a step from alpha = 0, where h was infinite
+    part[1:] = h[1:] / h[:-1] / 2
     if sigma[-1] == 0 or len(steps) < 15:
         part[-1] = 0
     new = steps.alpha[1:] * (1 - decay ** (1 + eta))
@@ -96,16 +109,14 @@ def _interpolate(nodes: Tensor, h: Tensor) -> Tensor:
     """UniPC's weights of the answers at 0 and at nodes (K,), in units of the step h: (1 + K,), of sum 1.
 
     Zhao et al. 2023, eq. 5 and 9, with B(h) = 1 - exp(-h), and for a single node the 1/2 of section 3.3.
-    A node at -infinity (alpha = 0) has no weight, and the others keep the conditions that they can meet.
     """
-    near = nodes.isfinite()
     moments, phi = [], torch.expm1(-h)
-    for n in range(1, int(near.sum()) + 1):  # n! h phi_{n+1}(-h) / B(h), by the recurrence of the phi
+    for n in range(1, len(nodes) + 1):  # n! h phi_{n+1}(-h) / B(h), by the recurrence of the phi
         phi = phi / -h - 1 / math.factorial(n)
         moments.append(phi * math.factorial(n) / torch.expm1(-h))
     rho = torch.full_like(nodes, 0.5)
     if len(nodes) > 1:
-        rho[near] = torch.linalg.solve(torch.vander(nodes[near], increasing=True).T, torch.stack(moments))
+        rho = torch.linalg.solve(torch.vander(nodes, increasing=True).T, torch.stack(moments))
     weights = rho / nodes
     return torch.cat([1 - weights.sum(0, keepdim=True), weights])
 
@@ -116,14 +127,14 @@ def unipc(steps: Timesteps, order: int = 2) -> Tableau:
     A step is corrected when the model answers at its end, in the next row, by corrector - predictor. Steps
     near the end are of lower order.
     """
-    log_snr, decay = steps.log_snr, _decay(steps)
+    log_snr, nodes, decay = steps.log_snr, _nodes(steps), _decay(steps)
     a = steps.sigma[1:] / steps.sigma[:-1]
     b = torch.zeros(len(steps), order + 1, dtype=torch.float64)
     correction = torch.zeros_like(b[0])  # of the step before; weights are for the newest answer first
     for i in range(len(steps)):
         p = min(order, i + 1, len(steps) - i)
         h, new = log_snr[i + 1] - log_snr[i], steps.alpha[i + 1] * (1 - decay[i])
-        older = (log_snr[i + 1 - p : i].flip(0) - log_snr[i]) / h  # (p - 1,), negative
+        older = (nodes[i + 1 - p : i].flip(0) - log_snr[i]) / h  # (p - 1,), negative
         predictor = F.pad(new * _interpolate(older, h), (0, order + 1 - p))
         b[i] = a[i] * correction + predictor
         start, end, *before = new * _interpolate(torch.cat([torch.ones_like(h[None]), older]), h)

@@ -9,20 +9,20 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from ldm.command.loading import find_device
-from ldm.drawing.pixels import open_checked, upright
 from ldm.files.config import replacing, write_json
+from ldm.metrics.blocks import Pictures
 from ldm.metrics.collection import collect
-from ldm.metrics.extractors import RandomConv, find_extractor
-from ldm.metrics.folders import Folder
+from ldm.metrics.extractors import Extractor, RandomConv, find_extractor
+from ldm.metrics.folders import Folder, Read
 from ldm.metrics.kernels import ROWS
 from ldm.metrics.manifolds import nearest
 from ldm.metrics.measurement import output_folder
@@ -34,7 +34,16 @@ BITS = LOW * LOW - 1
 LOOSE, STRICT = 0.5, 0.1  # ratios: Carlini's, and ours for features that know colours alone
 AROUND = 50  # nearest pictures whose mean distance is the measure (Carlini et al. 2023)
 
-WHYS = ("same file", "hash", "features", "")  # a pair is told, the surest first; "" if it is not
+WHYS = ("identical", "hash", "features", "")  # a pair is told, the surest first; "" if it is not
+
+
+class Named(Pictures, Protocol):
+    """Pictures that can be shown."""
+
+    title: str  # where they are
+
+    def read(self, place: int) -> Read: ...
+    def called(self, place: int) -> str: ...
 
 
 class Limits(NamedTuple):
@@ -48,8 +57,8 @@ class Limits(NamedTuple):
 class Pair(NamedTuple):
     """A picture and the one that is nearest to it."""
 
-    picture: str
-    other: str
+    picture: int  # its place
+    other: int
     bits: int  # in which their perceptual hashes differ, of BITS
     distance: float  # of their features
     ratio: float  # distance to the mean over the AROUND nearest: 1 is as near as others
@@ -69,8 +78,8 @@ def perceptual_hash(image: Image.Image) -> Tensor:
     return torch.where(low > low.median(), 1.0, -1.0).float()
 
 
-def hashes(pictures: Folder) -> Iterator[tuple[Tensor, bytes]]:
-    """Of each picture (2, BITS), as it is and mirrored, and the digest of its file."""
+def hashes(pictures: Pictures) -> Iterator[tuple[Tensor, bytes]]:
+    """Of each picture (2, BITS), as it is and mirrored, and its digest."""
 
     def both(image: Image.Image) -> Tensor:
         return torch.stack([perceptual_hash(image), perceptual_hash(ImageOps.mirror(image))])
@@ -111,32 +120,46 @@ def audit(args: argparse.Namespace) -> Path:
     """Looks for pairs and writes them down: the path of the report. Raises ValueError for what cannot be."""
     output = output_folder(args)
     extractor = find_extractor(args.extractor or RandomConv.name, find_device(args.device))
-    usual = STRICT if extractor.name == RandomConv.name else LOOSE
-    limits = Limits(args.bits, usual if args.ratio is None else args.ratio, extractor.name)
-    folders = [Folder(Path(os.path.expanduser(args.folder)), mixed=True)]
+    sets = [Folder(Path(os.path.expanduser(args.folder)), mixed=True)]
     if args.against:
-        folders.append(Folder(Path(os.path.expanduser(args.against)), mixed=True))
-    same = len(folders) == 1
-    marks = [list(hashes(folder)) for folder in folders]
+        sets.append(Folder(Path(os.path.expanduser(args.against)), mixed=True))
+    return audit_sets(sets, extractor, output, bits=args.bits, ratio=args.ratio, show=args.pairs)
+
+
+def audit_sets(
+    sets: Sequence[Named],
+    extractor: Extractor,
+    output: Path,
+    *,
+    bits: int = 6,
+    ratio: float | None = None,
+    show: int = 32,
+) -> Path:
+    """Writes the pairs within one set, or of one with another: the path of the report.
+
+    bits, ratio: see Limits; None: what suits the extractor. show: pairs on the sheet.
+    """
+    usual = STRICT if extractor.name == RandomConv.name else LOOSE
+    limits = Limits(bits, usual if ratio is None else ratio, extractor.name)
+    ours, same = sets[0], len(sets) == 1
+    marks = [list(hashes(each)) for each in sets]
     codes = [torch.stack([code for code, _ in each]) for each in marks]
-    features = [collect(each, extractor, keep=len(each), title=str(each.folder)).features for each in folders]
-    bits, by_hash = nearest_hash(codes[0], codes[-1], same)
+    features = [collect(each, extractor, keep=len(each), title=each.title).features for each in sets]
+    apart, by_hash = nearest_hash(codes[0], codes[-1], same)
     distances, means, by_features = nearest_features(features[0], features[-1], same)
     digests = [[digest for _, digest in each] for each in marks]
     pairs = []
-    ours, theirs = folders[0], folders[-1]
     for place in range(len(ours)):
-        hashed = int(bits[place]) <= limits.bits
+        hashed = int(apart[place]) <= limits.bits
         other = int(by_hash[place] if hashed else by_features[place])
-        apart = torch.minimum(*((codes[0][place, 0] != codes[-1][other, turned]).sum() for turned in (0, 1)))
+        differ = torch.minimum(*((codes[0][place, 0] != codes[-1][other, turned]).sum() for turned in (0, 1)))
         equal = digests[0][place] == digests[-1][other]
         near = bool(distances[place] <= limits.ratio * means[place])
-        why = "same file" if equal else "hash" if hashed else "features" if near else ""
+        why = "identical" if equal else "hash" if hashed else "features" if near else ""
         distance = float((features[0][place] - features[-1][other]).double().norm())
-        ratio = distance / float(means[place]) if means[place] > 0 else 0.0
-        names = ours.name(ours.paths[place]), theirs.name(theirs.paths[other])
-        pairs.append(Pair(*names, int(apart), distance, ratio, why))
-    return write_audit(output, pairs, folders, limits, args.pairs)
+        part = distance / float(means[place]) if means[place] > 0 else 0.0
+        pairs.append(Pair(place, other, int(differ), distance, part, why))
+    return write_audit(output, pairs, sets, limits, show)
 
 
 def nearness(pair: Pair) -> tuple[int, int, float]:
@@ -145,37 +168,43 @@ def nearness(pair: Pair) -> tuple[int, int, float]:
 
 
 def once(pairs: list[Pair]) -> list[Pair]:
-    """Of pairs within one folder each but once, the first, whichever way round."""
-    first: dict[frozenset[str], Pair] = {}
+    """Of pairs within one set each but once, the first, whichever way round."""
+    first: dict[frozenset[int], Pair] = {}
     for pair in pairs:
         first.setdefault(frozenset((pair.picture, pair.other)), pair)
     return list(first.values())
 
 
-def write_audit(output: Path, pairs: list[Pair], folders: list[Folder], limits: Limits, show: int) -> Path:
+def write_audit(output: Path, pairs: list[Pair], sets: Sequence[Named], limits: Limits, show: int) -> Path:
     """Writes pairs.json, sheet.png and report.md, which is read; its path."""
     pairs = sorted(pairs, key=nearness)
-    if len(folders) == 1:
+    if len(sets) == 1:
         pairs = once(pairs)
+    ours, theirs = sets[0], sets[-1]
+    name = lambda pair: {"picture": ours.called(pair.picture), "other": theirs.called(pair.other)}
     told = [pair for pair in pairs if pair.why]
     write_json(
-        output / "pairs.json", {"limits": limits._asdict(), "pairs": [pair._asdict() for pair in told]}
+        output / "pairs.json",
+        {"limits": limits._asdict(), "pairs": [pair._asdict() | name(pair) for pair in told]},
     )
     shown = pairs[:show]
-    ours, theirs = folders[0], folders[-1]
     images = [
-        upright(open_checked(folder.folder / name))
+        each.read(place).image
         for pair in shown
-        for folder, name in ((ours, pair.picture), (theirs, pair.other))
+        for each, place in ((ours, pair.picture), (theirs, pair.other))
     ]
     save_picture(page(images, 8), output / "sheet.png", overwrite=True)
     counts = {why: sum(pair.why == why for pair in told) for why in WHYS[:3]}
-    what = f"{len(theirs)} of {theirs.folder}" if len(folders) > 1 else "each other"
-    how = ", ".join(f"{count} by {why}" for why, count in counts.items())
+    what = f"{len(theirs)} of {theirs.title}" if len(sets) > 1 else "each other"
+    how = ", ".join(f"{count} by {why}" for why, count in counts.items()).replace("by identical", "identical")
+    rows = (
+        f"| {' | '.join(name(p).values())} | {p.bits} | {p.distance:.4g} | {p.ratio:.3f} | {p.why or '–'} |"
+        for p in shown
+    )
     lines = [
         "# Audit",
         "",
-        f"{len(ours)} pictures of {ours.folder} against {what}: {len(told)} near pairs ({how}).",
+        f"{len(ours)} pictures of {ours.title} against {what}: {len(told)} near pairs ({how}).",
         "",
         f"Near: perceptual hashes, mirrored or not, that differ in at most {limits.bits} of {BITS} bits, or "
         f"a distance in the features of {limits.extractor} of at most {limits.ratio} times the mean of the "
@@ -183,10 +212,7 @@ def write_audit(output: Path, pairs: list[Pair], folders: list[Folder], limits: 
         "",
         "| picture | nearest | bits | distance | ratio | told by |",
         "|---|---|---|---|---|---|",
-        *(
-            f"| {p.picture} | {p.other} | {p.bits} | {p.distance:.4g} | {p.ratio:.3f} | {p.why or '–'} |"
-            for p in shown
-        ),
+        *rows,
         "",
         "The sheet has these pairs side by side, the nearest first.",
         "",

@@ -45,7 +45,7 @@ def centre(image: Image.Image, side: int) -> Image.Image:
     return square if short == side else square.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def refuse(folder: Path, wrong: Mapping[str, str], count: int) -> None:
+def refuse(folder: Path | str, wrong: Mapping[str, str], count: int) -> None:
     """Raises ValueError, with the first names and why, if pictures of a folder cannot be read."""
     if wrong:
         lines = [f"\n  {name!a}: {why}" for name, why in list(wrong.items())[:SHOWN]]
@@ -89,7 +89,7 @@ class Folder:
             raise ValueError(f"{folder} holds {len(found)} pictures: expected {count or '2 or more'}")
         if count is not None:
             found = [found[place * len(found) // count] for place in range(count)]
-        self.folder, self.paths, self.side = folder, found, side
+        self.folder, self.paths, self.side, self.title = folder, found, side, str(folder)
         self.formats = ", ".join(sorted({path.suffix.lower() for path in found}))
         sizes, wrong = Counter[tuple[int, int]](), dict[str, str]()
         for path in found:
@@ -112,6 +112,10 @@ class Folder:
 
     def name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
+
+    def called(self, place: int) -> str:
+        """The name of the picture at this place."""
+        return self.name(self.paths[place])
 
     def read(self, place: int) -> Read:
         """The picture at this place, in order of names. Raises ValueError naming a file that is cut."""

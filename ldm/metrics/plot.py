@@ -12,9 +12,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ldm.recipes.picture import save_picture
 
-WIDTH, HEIGHT, EDGE, LEGEND = 720, 420, 56, 190  # pixels
+WIDTH, HEIGHT, EDGE, LEGEND = 1200, 720, 96, 300  # pixels
+TOP, LINE, TEXT, MARK, THICK = (
+    44,
+    28,
+    20,
+    6,
+    3,
+)  # pixels: above the frame, of the legend, letters, points, lines
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#7f7f7f", "#e377c2")
-DASH = 6  # pixels
+DASH = 9  # pixels
 MOST = 10  # ticks of an axis
 Points = Sequence[tuple[float, float]]
 Place = tuple[float, float]  # pixels
@@ -43,6 +50,14 @@ def linear(name: str) -> Axis:
         return low - more, high + more
 
     return Axis(name, float, even_ticks, margin, math.isfinite)
+
+
+def ticked(axis: Axis, values: Sequence[float]) -> Axis:
+    """The axis with the values themselves for ticks, where they are few and apart."""
+    there = sorted(set(values))
+    places = [axis.scale(value) for value in there]
+    apart = all(b - a > (places[-1] - places[0]) / 2 / MOST for a, b in itertools.pairwise(places))
+    return axis._replace(ticks=lambda low, high: there) if 1 < len(there) <= MOST and apart else axis
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -105,22 +120,22 @@ def plot(
     if not xs:
         return
     sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT)
     place = frame(draw, font, (across, across.margin(min(xs), max(xs))), (up, up.margin(min(ys), max(ys))))
     right = WIDTH - LEGEND
     for row, (name, told, points, dashes) in enumerate(shown):
-        colour, places = colours[name], [place(*point) for point in points]
-        key: list[Place] = [(right + 12, 32 + 16 * row), (right + 30, 32 + 16 * row)]
+        colour, places, level = colours[name], [place(*point) for point in points], TOP + LINE * (row + 0.5)
+        key: list[Place] = [(right + 16, level), (right + 61, level)]
         for line in (places, key):
             for a, b in itertools.pairwise(line):
                 if dashes:
-                    dashed(draw, a, b, colour, 2)
+                    dashed(draw, a, b, colour, THICK)
                 else:
-                    draw.line((a, b), fill=colour, width=2)
+                    draw.line((a, b), fill=colour, width=THICK)
         for x, y in places:
             inside = "white" if dashes else colour
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=inside, outline=colour)
-        draw.text((right + 36, 32 + 16 * row), told, "black", font, anchor="lm")
+            draw.ellipse((x - MARK, y - MARK, x + MARK, y + MARK), fill=inside, outline=colour, width=2)
+        draw.text((right + 72, level), told, "black", font, anchor="lm")
     save_picture(sheet, path, overwrite=True)
 
 
@@ -138,17 +153,17 @@ def frame(
         return (scale(value) - scale(first)) / (scale(last) - scale(first))
 
     def place(x: float, y: float) -> Place:
-        return EDGE + part(across, x) * (right - EDGE), low - part(up, y) * (low - 24)
+        return EDGE + part(across, x) * (right - EDGE), low - part(up, y) * (low - TOP)
 
-    draw.rectangle((EDGE, 24, right, low), outline="black")
+    draw.rectangle((EDGE, TOP, right, low), outline="black")
     for x in across[0].ticks(*across[1]):
         at = place(x, up[1][0])[0]
-        draw.line((at, 24, at, low), fill="#dddddd")
-        draw.text((at, low + 6), f"{x:g}", "black", font, anchor="mt")
+        draw.line((at, TOP, at, low), fill="#dddddd")
+        draw.text((at, low + 10), f"{x:g}", "black", font, anchor="mt")
     for y in up[0].ticks(*up[1]):
         at = place(across[1][0], y)[1]
         draw.line((EDGE, at, right, at), fill="#dddddd")
-        draw.text((EDGE - 6, at), f"{y:g}", "black", font, anchor="rm")
-    draw.text(((EDGE + right) / 2, HEIGHT - 18), across[0].name, "black", font, anchor="mm")
-    draw.text((EDGE, 12), up[0].name, "black", font, anchor="lm")
+        draw.text((EDGE - 10, at), f"{y:g}", "black", font, anchor="rm")
+    draw.text(((EDGE + right) / 2, HEIGHT - 28), across[0].name, "black", font, anchor="mm")
+    draw.text((EDGE, TOP / 2), up[0].name, "black", font, anchor="lm")
     return place

@@ -82,7 +82,8 @@ class Probes:
         """(P, C, h, w): where EXACT ends in MAX_STEPS steps with this guidance; read where it was kept."""
         exact = {**setting, "sampler": EXACT, "steps": MAX_STEPS}
         asked = [(line["prompt"], line["seed"]) for line in self.lines]
-        decides = repr((exact, asked, self.shared, self.negatives, sorted(self.facts.items())))
+        weights = self.pipe.tableau(MAX_STEPS, EXACT).b.tolist()  # another solver keeps another solution
+        decides = repr((exact, asked, self.shared, self.negatives, sorted(self.facts.items()), weights))
         path = self.folder / f"{key(decides):016x}.safetensors"
         if not path.is_file():
             with replacing(path) as temporary:

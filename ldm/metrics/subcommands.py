@@ -148,10 +148,11 @@ LOSSES_EXAMPLES = """
 examples:
   python -m ldm.evaluate losses runs/mine                how the loss fell, by timestep
   python -m ldm.evaluate losses runs/mine runs/other     the newest of several runs, side by side
+  python -m ldm.evaluate losses runs/mine measured       with what python -m train.evaluate_losses measured
 
 Reads what a run with --validation-samples has logged in its metrics.jsonl: at each timestep the mean squared
 error on pictures held out of training, by the averaged weights, without weights of the loss and always with
-the same noise.
+the same noise. Of any model on any data, python -m train.evaluate_losses measures the same.
 """
 
 
@@ -160,7 +161,7 @@ def make_losses_parser() -> Parser:
     parser = make_subparser(
         "losses", "RUN ... [options]", "Validation loss by timestep, as a plot and a table.", LOSSES_EXAMPLES
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of runs, or of train.evaluate_losses")
     output = {"metavar": "FOLDER", "default": "losses", "help": "for report.md and losses.png; losses"}
     lines = {**WHOLE, "default": 6, "help": "of one run, evenly spread over its validations; 6"}
     add_groups(parser, {"options": {"lines": lines, "output": output}})
@@ -178,6 +179,9 @@ examples:
 Two pictures are told as near if their perceptual hashes, mirrored or not, differ in at most --bits of 63, or
 if in the extractor's features one is nearer to the other than --ratio times the mean of its 50 nearest
 (Carlini et al. 2023). What is near is for the eye to judge: the sheet has the nearest pairs side by side.
+
+python -m train.audit_data does the same for tars, datasets and drawn scenes, and python -m train.audit_model
+tells whether a model draws more copies of its training than chance makes.
 """
 AUDIT: Table = {
     "against": {"metavar": "FOLDER", "help": "look for them there; in the folder itself if left out"},

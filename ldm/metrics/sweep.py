@@ -17,7 +17,7 @@ from ldm.metrics.collection import check_alike, collect, reference
 from ldm.metrics.drawing import averaged, draw, drawn_how, recipes, requests_of, wait_for
 from ldm.metrics.folders import Folder
 from ldm.metrics.measurement import FEATURES, find_extractors, help_out, output_folder
-from ldm.metrics.plot import logarithmic, plot
+from ldm.metrics.plot import logarithmic, plot, ticked
 from ldm.metrics.probes import EXACT, Probe, Probes
 from ldm.metrics.report import compare
 from ldm.recipes.options import MAX_STEPS
@@ -25,6 +25,7 @@ from ldm.recipes.options import MAX_STEPS
 SHOWN = ("FD", "FID", "CMMD", "precision", "recall")  # of the figures, in the table; all are in sweep.json
 
 BESIDE = "diffusers"  # the columns of what is measured beside begin with it
+UP = {"error": f"error to the solution of {MAX_STEPS:,} steps, |x - x*| / |x*|"}
 ACROSS = {"calls": "UNet calls a picture", "seconds": "seconds a picture"}
 
 Row = dict[str, Any]
@@ -112,38 +113,85 @@ def add_probes(
 def write_sweep(output: Path, rows: Sequence[Row], protocol: Mapping[str, Any]) -> Path:
     """Writes sweep.json, plots, and report.md, which is read; its path."""
     write_json(output / "sweep.json", {"protocol": protocol, "settings": rows})
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    told = [name for name in names if not is_figure(name) or name.startswith(SHOWN)]
-    lines = ["# Sweep", "", f"| {' | '.join(told)} |", "|" + "---|" * len(told)]
-    lines += [f"| {' | '.join(cell(row.get(name)) for name in told)} |" for row in rows]
-    lines += ["", "Every figure, and what the reference is, stands in sweep.json.", ""]
-    if f"{BESIDE} calls" in names:
+    probed = protocol.get("probes", {})
+    lines = ["# Sweep", ""]
+    if probed:
         lines += [
-            f"{BESIDE}: the same weights, texts and first noise, drawn by it, against our solution.",
+            f"Of {probed['pictures']} pictures drawn together: UNet calls and seconds for one, and the error "
+            f"|x - x*| / |x*| of the latents, x* being where {probed['exact']} end from the same noise. "
+            "Seconds are of one run each, after one untimed.",
             "",
         ]
-    wanted = [name for name in names if name.startswith(("FD", "FID", "CMMD"))]
-    pairs = [(x, y) for y in wanted for x in ("calls", "seconds")]
-    pairs += [("calls", "error"), ("seconds", "error")]
-    for x, y in pairs:
+    if BESIDE in probed:
+        lines += [f"{BESIDE} {probed[BESIDE]} draws with the same weights, texts and noise, to our x*.", ""]
+    for name, what in (("error", "Error by UNet calls"), ("seconds", "Seconds a picture by UNet calls")):
+        if any(row.get(name) is not None for row in rows):
+            lines += [f"## {what}", "", *by_calls(rows, name), ""]
+    lines += [*drawings(rows, output), "## Every setting", "", *whole(rows)]
+    lines += ["", "Every figure, and what the reference is, stands in sweep.json.", ""]
+    with replacing(output / "report.md") as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")
+    return output / "report.md"
+
+
+def by_calls(rows: Sequence[Row], name: str) -> list[str]:
+    """A column of the rows as a table in Markdown: a line a solver and guidance, ours and then theirs."""
+    found = {
+        (who, key): {
+            row[f"{mark}calls"]: row[f"{mark}{name}"] for row in group if row.get(f"{mark}{name}") is not None
+        }
+        for key, group in grouped(rows).items()
+        for who, mark in (("ours", ""), (BESIDE, f"{BESIDE} "))
+    }
+    found = {names: values for names, values in found.items() if values}
+    calls = sorted({each for values in found.values() for each in values})
+    lines = [f"| solver | by | {' | '.join(map(str, calls))} |", "|---|---|" + "---:|" * len(calls)]
+    return lines + [
+        f"| {key} | {who} | {' | '.join(figure(values.get(each)) for each in calls)} |"
+        for (who, key), values in found.items()
+    ]
+
+
+def whole(rows: Sequence[Row]) -> list[str]:
+    """All settings in a table in Markdown, with the figures that are shown."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    told = [name for name in names if not is_figure(name) or name.startswith(SHOWN)]
+    lines = [f"| {' | '.join(told)} |", "|" + "---|" * len(told)]
+    return lines + [f"| {' | '.join(cell(row.get(name)) for name in told)} |" for row in rows]
+
+
+def drawings(rows: Sequence[Row], output: Path) -> list[str]:
+    """Draws each figure and the error against calls and seconds; the lines that show these plots."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    wanted = ["error", *(name for name in names if name.startswith(("FD", "FID", "CMMD")))]
+    lines = []
+    for y, x in ((y, x) for y in wanted for x in ACROSS):
         ours, theirs = curves(rows, x, y), curves(rows, f"{BESIDE} {x}", f"{BESIDE} {y}")
         if ours:
-            path = output / f"{y}-by-{x}.png"
-            plot(ours, logarithmic(ACROSS[x]), logarithmic(y), path, theirs, BESIDE)
-            lines.append(f"![{y} by {x}]({path.name})")
-    with replacing(output / "report.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return output / "report.md"
+            path, across = output / f"{y}-by-{x}.png", logarithmic(ACROSS[x])
+            if x == "calls":
+                across = ticked(across, [point[0] for points in ours.values() for point in points])
+            plot(ours, across, logarithmic(UP.get(y, y)), path, theirs, BESIDE)
+            lines += [f"![{y} by {x}]({path.name})", ""]
+    return lines
+
+
+def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows by all of their setting but its steps."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        without: Row = {name: row[name] for name in ("sampler", "guidance_scale") if name in row}
+        found.setdefault(title(without) or "the model's own", []).append(row)
+    return found
 
 
 def curves(rows: Sequence[Row], x: str, y: str) -> dict[str, list[tuple[float, float]]]:
     """Points of the columns x and y, by all of a setting but its steps."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row.get(x) and row.get(y):
-            without: Row = {name: row[name] for name in ("sampler", "guidance_scale") if name in row}
-            found.setdefault(title(without) or "the model's own", []).append((row[x], row[y]))
-    return found
+    found = {
+        name: [(row[x], row[y]) for row in group if row.get(x) and row.get(y)]
+        for name, group in grouped(rows).items()
+    }
+    return {name: points for name, points in found.items() if points}
 
 
 def is_figure(name: str) -> bool:
@@ -151,6 +199,11 @@ def is_figure(name: str) -> bool:
         *("sampler", "steps", "guidance_scale"),
         *Probe._fields,
     )
+
+
+def figure(value: float | None) -> str:
+    """Of three digits, also where the last is 0."""
+    return "–" if value is None else f"{value:#.3g}"
 
 
 def cell(value: Any) -> str:

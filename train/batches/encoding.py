@@ -25,8 +25,9 @@ from autoencoder.vae import AutoencoderKL
 from ldm.drawing.optimize import try_kernels
 from ldm.files.checkpoint import load_model
 from ldm.files.config import read_json, replacing, write_json
-from train.batches.buckets import Size, crop_corner, frame, views
+from train.batches.buckets import Buckets, Size, crop_corner, frame, views
 from train.batches.latents import CacheKey, Latents, Shard, read_header, read_latents
+from train.batches.plan import hold_out
 from train.data.captions import Captions
 from train.data.pictures import tell_rejected, to_tensor
 from train.data.source import Source
@@ -51,42 +52,36 @@ def load_encoder(folder: Path, device: torch.device) -> AutoencoderKL:
 
 
 def compute_latents(
-    data: DataConfig, autoencoder: Path, folder: Path, masks: bool = False, accept_new_data: bool = False
+    data: DataConfig,
+    autoencoder: Path,
+    folder: Path,
+    masks: bool = False,
+    accept_new_data: bool = False,
+    pictures: int | None = None,
 ) -> Latents:
     """The latents of the data by this autoencoder, read from `folder`, where missing ones are computed first.
 
     masks: with the share of each latent cell that is of what the picture is about, a file of its own a shard.
     accept_new_data: latents of other data by the same autoencoder are deleted and computed anew.
+    pictures: so many, those that a training with as many validation_samples holds out; None: all.
     Ranks share the shards. Raises ValueError, with both sides, if `folder` holds latents of something else.
     """
     state = PartialState(cpu=cpu_only())
     source = open_source(data)
     buckets = sort_source(source, data, folder / "sizes.safetensors")
+    if pictures is not None:
+        buckets = some_of(buckets, pictures)
     vae = load_encoder(autoencoder, state.device)
     check_sizes([*buckets.sizes, Size(data.size, data.size)], vae)  # the last for the pictures of a preview
-    counts = [[*size, len(members)] for size, members in zip(buckets.sizes, buckets.members, strict=True)]
-    key = CacheKey(
-        encoder_sha256(vae),
-        source.description,
-        vae.config.latent_channels,
-        vae.downsample_factor,
-        counts,
-        data.crops,
-        data.flip,
-        sorted(data.kinds),
-    )
+    description = source.description + ("" if pictures is None else f", {pictures} evenly spread")
+    key = key_of(vae, description, buckets, data)
     if accept_new_data and state.is_main_process:
         delete_stale(folder, key)
     state.wait_for_everyone()  # no rank checks a key that is about to go
     check_key(folder, key)
     if state.is_main_process and not (folder / "cache.json").exists():
         write_json(folder / "cache.json", asdict(key))
-    pieces = [
-        (size, members[first : first + SHARD])
-        for size, members in zip(buckets.sizes, buckets.members, strict=True)
-        for first in range(0, len(members), SHARD)
-    ]
-    shards = [Shard(number, *piece) for number, piece in enumerate(pieces)]
+    shards = shards_of(buckets)
     missing = [shard for shard in shards if not shard.path(folder).exists()]
     state.wait_for_everyone()  # no rank writes a shard before all have counted
     if state.is_main_process and buckets.lost:
@@ -109,6 +104,38 @@ def compute_latents(
     latents.contents = source.contents
     latents.classify(source.labels)
     return latents
+
+
+def some_of(buckets: Buckets, count: int) -> Buckets:
+    """`count` pictures of the buckets, evenly spread over all, as hold_out takes them; no bucket is empty."""
+    _, chosen = hold_out(buckets.members, count)
+    kept = [(size, members) for size, members in zip(buckets.sizes, chosen, strict=True) if members]
+    return Buckets([size for size, _ in kept], [members for _, members in kept], buckets.dropped)
+
+
+def key_of(vae: AutoencoderKL, description: str, buckets: Buckets, data: DataConfig) -> CacheKey:
+    """What the latents of pictures in these buckets are a function of. description: of the pictures."""
+    counts = [[*size, len(members)] for size, members in zip(buckets.sizes, buckets.members, strict=True)]
+    return CacheKey(
+        encoder_sha256(vae),
+        description,
+        vae.config.latent_channels,
+        vae.downsample_factor,
+        counts,
+        data.crops,
+        data.flip,
+        sorted(data.kinds),
+    )
+
+
+def shards_of(buckets: Buckets) -> list[Shard]:
+    """The pictures of the buckets, at most SHARD of one bucket in each."""
+    pieces = [
+        (size, members[first : first + SHARD])
+        for size, members in zip(buckets.sizes, buckets.members, strict=True)
+        for first in range(0, len(members), SHARD)
+    ]
+    return [Shard(number, *piece) for number, piece in enumerate(pieces)]
 
 
 def check_sizes(sizes: Sequence[Size], vae: AutoencoderKL) -> None:
