@@ -1,6 +1,6 @@
 """Train an upscaler beside a model: its small pictures become as many times as large as a latent is.
 
-  python train/train_upscaler.py                          of the bundled model's pictograms, 64 to 256 pixels
+  python train/train_upscaler.py                          of pictograms, four times as large
   accelerate launch train/train_upscaler.py --model my_sd --data.source my_pictures --data.size 512
   python train/train_upscaler.py --plan                   what it will take
 
