@@ -23,8 +23,9 @@ from torch import Tensor
 
 from tests.test_fit import Toy, diffusion_recipe, losses, state, toy_config
 from train.batches.plan import Draw
-from train.command import RunFailed, command
+from train.command import command
 from train.fit.checkpoint import list_checkpoints, load_checkpoint
+from train.fit.failure import RunFailed
 from train.fit.loop import fit
 from train.stages import train_stages
 

@@ -28,10 +28,10 @@ from tests.tiny import CAPTIONS
 from train.batches.encoding import compute_latents
 from train.batches.latents import Bucket, CacheKey, Latents
 from train.batches.plan import Draw, Plan, normal
-from train.command import RunFailed
 from train.data.sources import DataConfig, open_source
 from train.fit import record, saving
 from train.fit.checkpoint import list_checkpoints, load_checkpoint
+from train.fit.failure import RunFailed
 from train.fit.loop import fit
 from train.fit.optim import OptimConfig
 from train.fit.state import FitConfig

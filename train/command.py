@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from train.fit.failure import RunFailed
+
 if TYPE_CHECKING:
     from train.fit.state import FitConfig, Task
-
-
-class RunFailed(RuntimeError):
-    """A run cannot go on, and the message tells its user why; what it saved stays."""
 
 
 def command(main: Callable[[Sequence[str]], int]) -> None:
@@ -51,7 +49,7 @@ def carry_out(name: str, task: Task, recipe: FitConfig) -> int:
 
         show_plan([Stage(name, task, recipe)], recipe.price)
         return 0
-    from train.fit.loop import fit  # which imports this module
+    from train.fit.loop import fit  # as below
 
     outcome = fit(task, recipe)
     return ended(outcome.model, outcome.exit_code)

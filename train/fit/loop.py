@@ -25,9 +25,9 @@ from ldm.diffusion.noise import key
 from ldm.drawing.devices import default_dtype
 from train.batches.plan import Plan
 from train.batches.readahead import ReadAhead
-from train.command import RunFailed
 from train.config import to_mapping
 from train.fit.ema import EMA, classic, power
+from train.fit.failure import RunFailed
 from train.fit.optim import build_optimizer, learning_rate, warmup_of
 from train.fit.record import Record, open_run
 from train.fit.resume import facts, machine, resume

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.files.config import replacing
-from train.command import RunFailed
 from train.fit.checkpoint import clean, save_checkpoint
+from train.fit.failure import RunFailed
 from train.fit.record import Record
 from train.fit.shards import gather
 from train.fit.state import State
