@@ -1,7 +1,7 @@
 """Is a class drawn more often when a classifier leads to it? The judge of scenes counts.
 
   python train/train_classifier.py
-  python -m train.teach_judge --data.source pictograms --data.subjects few --output judge
+  python -m train.teach_judge --data.source pictograms --data.subjects few --data.size 128 --output judge
   python bench/classifier_guidance.py --classifier runs/pictograms-classifier/model --judge judge
 
 Pictures of each class from the same seeds at each scale, in both forms: of the empty prompt without

@@ -1,7 +1,7 @@
 """Compute the latents of a data set once, for many runs of train_ldm.py.
 
   python train/encode_latents.py --autoencoder runs/pictograms-autoencoder --output runs/latents \\
-      --data.source pictograms --data.subjects few --data.length 100000
+      --data.source pictograms --data.subjects few --data.size 128
 
 Without it train_ldm.py computes them into its own run folder. Name them there with --latents runs/latents.
 """

@@ -1,6 +1,6 @@
 """Measure the validation loss of a diffusion model by timestep, on any data.
 
-  python -m train.evaluate_losses --output losses --data.source pictograms --data.subjects few
+  python -m train.evaluate_losses --output losses --data.source pictograms --data.subjects few --data.size 128
   python -m train.evaluate_losses --output losses --model runs/mine --data.source photos --pictures 64
   python -m train.evaluate_losses --output losses --model runs/mine --data.source photos --pictures 64 \\
       --latents runs/mine/latents
