@@ -150,7 +150,7 @@ CLASSES = {"unet": replace(UNET, num_class_embeds=3), "data": DataConfig(size=16
 def test_classes_are_learnt_resumed_bit_for_bit_and_drawn(tmp_path, autoencoder):
     def train(name: str, stop_after: int = 0) -> None:
         recipe = diffusion_recipe(
-            tmp_path / name, steps=120, optim=replace(OPTIM, lr=1e-2), sample_every=120, **CLASSES
+            tmp_path / name, steps=120, optim=replace(OPTIM, lr=3e-3), sample_every=120, **CLASSES
         )
         task = LatentDiffusion(recipe, autoencoder, of_two())
         stop_at(task, stop_after)
