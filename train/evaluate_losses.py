@@ -1,6 +1,6 @@
 """Measure the validation loss of a diffusion model by timestep, on any data.
 
-  python -m train.evaluate_losses --output losses --data.source pictograms --data.subjects few
+  python -m train.evaluate_losses --output losses --data.source pictograms --data.subjects few --data.size 128
   python -m train.evaluate_losses --output losses --model runs/mine --data.source photos --pictures 64
   python -m train.evaluate_losses --output losses --model runs/mine --data.source photos --pictures 64 \\
       --latents runs/mine/latents
@@ -66,6 +66,10 @@ def check_model(pipe: LatentDiffusionPipeline, latents: Latents) -> None:
             f"this UNet takes {config.in_channels} channels, and latents have "
             f"{pipe.vae.config.latent_channels}: inpainting, upscaling and SDXL models see more than a "
             "picture and its caption, and no validation here shows it to them"
+        )
+    if config.time_cond_proj_dim is not None:
+        raise ValueError(
+            "this model was distilled with its guidance and answers guided: no validation here asks for that"
         )
     told = len(latents.classes) + 1 if latents.classes else None
     if config.num_class_embeds != told:
