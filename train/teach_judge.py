@@ -1,6 +1,6 @@
 """Teach a judge of drawn scenes, by which python -m ldm.evaluate scenes measures what a model draws.
 
-  python -m train.teach_judge --data.source pictograms --data.subjects few --output judge
+  python -m train.teach_judge --data.source pictograms --data.subjects few --data.size 128 --output judge
   python -m train.teach_judge --data.source shapes --data.size 32 --output shapes-judge
 
 The first is for the bundled model: give it the --data of the model's training. The folder holds weights, what

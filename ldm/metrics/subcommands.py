@@ -105,7 +105,7 @@ def settings_of(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 SCENES_EXAMPLES = """
 examples:
-  python -m train.teach_judge --data.source pictograms --data.subjects few --output judge
+  python -m train.teach_judge --data.source pictograms --data.subjects few --data.size 128 --output judge
   python -m ldm.evaluate scenes --judge judge                      the bundled model
   python -m ldm.evaluate scenes --judge judge --model RUN/model --count 100 --split held_out
 
