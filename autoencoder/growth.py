@@ -24,21 +24,12 @@ def grown(small: AutoencoderKL, config: AutoencoderKLConfig) -> AutoencoderKL:
     """An autoencoder of `config` with the latents of `small`: what fits it of its weights, and their scale.
 
     All of them fit if config is that of `small` with a level more, of the largest pictures. It may be wider,
-    as a larger picture has more to tell; then it has more to learn. Raises ValueError if it has not one level
-    more, or other latents.
+    as a larger picture has more to tell; then it has more to learn. Raises ValueError as check_growth does.
     """
-    config = dataclasses.replace(config, **{name: getattr(small.config, name) for name in MEASURED})
-    differ = [
-        f"{one.name}={getattr(config, one.name)}, not {getattr(small.config, one.name)}"
-        for one in dataclasses.fields(config)
-        if one.name not in (*FREE, *NOTES) and getattr(config, one.name) != getattr(small.config, one.name)
-    ]
-    levels, known = len(config.block_out_channels), len(small.config.block_out_channels)
-    if levels != known + 1:
-        differ.append(f"block_out_channels has {levels} levels, not {known + 1}")
-    if differ:
-        raise ValueError(f"the small autoencoder cannot become the model: {'; '.join(differ)}")
-    vae = AutoencoderKL(config)
+    check_growth(small.config, config)
+    vae = AutoencoderKL(
+        dataclasses.replace(config, **{name: getattr(small.config, name) for name in MEASURED})
+    )
     weights, before = vae.state_dict(), small.state_dict()
     for name in weights:
         old = before.get(name_in_small(name))
@@ -47,6 +38,21 @@ def grown(small: AutoencoderKL, config: AutoencoderKLConfig) -> AutoencoderKL:
     vae.load_state_dict(weights)
     start_as_nothing(vae)
     return vae
+
+
+def check_growth(small: AutoencoderKLConfig, config: AutoencoderKLConfig) -> None:
+    """Raises ValueError if one of `config` has not a level more than one of `small`, or other latents."""
+    differ = [
+        f"{one.name}={getattr(config, one.name)}, not {getattr(small, one.name)}"
+        for one in dataclasses.fields(config)
+        if one.name not in (*FREE, *NOTES, *MEASURED)
+        and getattr(config, one.name) != getattr(small, one.name)
+    ]
+    levels, known = len(config.block_out_channels), len(small.block_out_channels)
+    if levels != known + 1:
+        differ.append(f"block_out_channels has {levels} levels, not {known + 1}")
+    if differ:
+        raise ValueError(f"the small autoencoder cannot become the model: {'; '.join(differ)}")
 
 
 def name_in_small(name: str) -> str:

@@ -14,6 +14,7 @@ from tests.test_audit import scene
 from tests.test_tars import write_tar
 from tests.tiny import tiny_pipeline
 from train import audit_data, audit_model
+from train.batches.plan import spread
 from train.data.pictures import to_images, to_tensor
 from train.data.sources import DataConfig, open_source
 from train.measure import memory
@@ -168,3 +169,45 @@ def test_duplicates_in_scenes(tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             audit_data.main([*words, option])
+
+
+class Damaged:
+    """A source some of whose pictures cannot be decoded."""
+
+    def __init__(self, source, good):
+        self.source, self.good, self.description = source, good, "damaged"
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        if index not in self.good:
+            raise ValueError(f"picture {index} is cut")
+        return self.source[index]
+
+
+def test_pictures_that_cannot_be_decoded_are_left_out(tmp_path):
+    shapes = open_source(DataConfig(source="shapes", size=32, length=8))
+    recipe = audit_model.ModelAuditRecipe(
+        output=str(tmp_path), data=DataConfig(source="photos", size=32), count=8
+    )
+    asked = audit_model.prompts_of(recipe, Damaged(shapes, {1, 2, 5}))
+    assert len(asked[audit_model.TRAINED]) == 3
+    with pytest.raises(ValueError, match="no caption of the training can be read"):
+        audit_model.prompts_of(recipe, Damaged(shapes, {}))
+    known = spread(8, 2)
+    for good in ({}, set(range(8)) - set(known)):
+        with pytest.raises(ValueError, match=r"none of the 2 training pictures .* can be decoded"):
+            look_for_copies(
+                [shapes[0][0]], Damaged(shapes, good), None, size=32, known=2, quantile=0.1, workers=0
+            )
+
+
+def test_the_report_tells_the_threshold_that_there_was(tmp_path, monkeypatch):
+    """Of 60 pictures the lowest thousandth is the lowest one: 1.7%, and not 0.1% of 1,000."""
+    monkeypatch.setattr(memory, "through", lambda vae, image: image)
+    source = open_source(DataConfig(source="shapes", size=32, length=60))
+    found = look_for_copies([source[0][0]], source, None, size=32, known=1000, quantile=0.001, workers=0)
+    told = audit_model.threshold_of(found.verdicts[PIXELS])
+    assert told == "the lowest of the ratios of 60 training pictures"
+    assert audit_model.threshold_of(found.verdicts[PIXELS]._replace(rank=3)).startswith("number 3 from below")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from autoencoder.loss import ReconstructionConfig
 from autoencoder.vae import AutoencoderKL, Posterior
 from ldm.files.checkpoint import load_model, save_model
 from tests.test_fit import OPTIM, VAE, losses, state, stop_at
-from train import train_autoencoder
+from train import stages, train_autoencoder
 from train.config import to_yaml
 from train.data.sources import DataConfig
 from train.fit.loop import fit
@@ -155,3 +156,39 @@ def test_the_command_trains_the_small_one_first(tmp_path, capsys):
 def test_errors(small, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         Autoencoding(growing(tmp_path / "run", small, **options))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": replace(VAE, latent_channels=3)}, "latent_channels=4, not 3"),
+        ({"batch_size": 3}, "batch_size=2 is not divisible by 3 ranks"),
+        ({"grow": "other.yaml"}, r"small.yaml'.*grows itself, from grow='other.yaml': train it first"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_the_small_one_trains(tmp_path, monkeypatch, changed, message):
+    if "ranks" in message:
+        monkeypatch.setattr(stages, "PartialState", lambda cpu: SimpleNamespace(num_processes=3))
+    first = AutoencoderRecipe(
+        output="x", steps=4, batch_size=2, model=VAE, data=DataConfig(size=64), optim=OPTIM, measured=4
+    )
+    (tmp_path / "small.yaml").write_text(to_yaml(replace(first, sample_every=0, **changed)))
+    recipe = growing(tmp_path / "run", tmp_path / "small.yaml")
+    (tmp_path / "large.yaml").write_text(to_yaml(recipe))
+    with pytest.raises(ValueError, match=message):
+        train_autoencoder.main(["--config", str(tmp_path / "large.yaml")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_one_is_told_by_its_option(tmp_path):
+    with pytest.raises(ValueError, match=r"^grow='.*nowhere' holds no autoencoder"):
+        Autoencoding(growing(tmp_path / "run", tmp_path / "nowhere"))
+
+
+def test_the_known_latents_are_not_rounded_by_autocast(small, tmp_path):
+    """They are what the cache holds, which is filled in float32."""
+    task = Autoencoding(growing(tmp_path / "run", small))
+    image = smooth(32)
+    plain = task.reconstruction.given(None, image)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(task.reconstruction.given(None, image).mean, plain.mean)

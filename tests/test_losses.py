@@ -13,6 +13,7 @@ from ldm import evaluate
 from ldm.files.checkpoint import save_model
 from ldm.metrics.losses import FORMAT, by_timestep, read_losses, read_measured, save_measured
 from tests.test_audit import scene
+from tests.test_consistency import few_step_pipeline
 from tests.test_fit import VAE, diffusion_recipe
 from tests.tiny import tiny_pipeline
 from train import evaluate_losses, train_ldm
@@ -113,3 +114,10 @@ def test_a_model_with_other_classes_is_refused(tmp_path):
         ValueError, match=r"the model has None classes, with the one for none, and the data \d+"
     ):
         evaluate_losses.main(words)
+
+
+def test_a_model_that_is_told_its_guidance_is_refused(tmp_path):
+    few_step_pipeline().save_pretrained(tmp_path / "model")
+    words = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "x"), "--data.size", "32"]
+    with pytest.raises(ValueError, match=r"distilled with its guidance.*no validation here"):
+        evaluate_losses.main([*words, "--data.length", "8", "--pictures", "2"])

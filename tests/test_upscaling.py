@@ -473,5 +473,5 @@ def test_the_autoencoder_may_be_another_than_the_models(tmp_path, first_stage):
     assert loss.isfinite().all()
     small = Upscaling(upscaler_recipe(tmp_path / "run", first_stage))
     assert small.facts["model"] != task.facts["model"]
-    with pytest.raises(ValueError, match="holds none: name a folder"):
+    with pytest.raises(ValueError, match="holds no autoencoder: name a folder"):
         Upscaling(upscaler_recipe(tmp_path / "run", first_stage, autoencoder=str(tmp_path / "no")))

@@ -1,6 +1,7 @@
 """Has a model learnt pictures by heart? What it draws against every picture that it was trained on.
 
-  python -m train.audit_model --output audit --data.source pictograms --data.subjects few --data.size 128
+  python -m train.audit_model --output audit --data.source pictograms --data.subjects few --data.size 128 \\
+      --data.length 102400
   python -m train.audit_model --output audit --model runs/mine --data.source photos --data.size 256 \\
       --extractor dinov2=dinov2-large
   python -m train.audit_model --output audit --model runs/mine --data.source photos --drawn pictures
@@ -21,6 +22,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ from ldm.command.loading import find_device
 from ldm.files.checkpoint import load_model, model_hash
 from ldm.files.config import replacing, write_json
 from ldm.formats.stock import MODELS
-from ldm.metrics.copies import SIGNIFICANT
+from ldm.metrics.copies import SIGNIFICANT, Verdict
 from ldm.metrics.drawing import averaged, draw, recipes
 from ldm.metrics.extractors import find_extractor
 from ldm.metrics.folders import Folder
@@ -81,8 +83,13 @@ class ModelAuditRecipe:
 
 
 def prompts_of(recipe: ModelAuditRecipe, source: Source) -> dict[str, list[str]]:
-    """What the model is to draw, by where it comes from."""
-    seen = [every(source[index][1])[0] for index in spread(len(source), recipe.count)]
+    """What the model is to draw, by where it comes from. Raises ValueError if no picture can be decoded."""
+    seen = []
+    for index in spread(len(source), recipe.count):
+        with suppress(ValueError):  # a picture that cannot be decoded
+            seen.append(every(source[index][1])[0])
+    if not seen:
+        raise ValueError(f"no caption of the training can be read: none of {source.description} is whole")
     asked = {TRAINED: seen}
     if recipe.data.source in STYLES and recipe.data.split == "train":
         other = dataclasses.replace(recipe.data, split="held_out", scene_seed=SEED_ASKED, length=recipe.count)
@@ -149,6 +156,12 @@ def verdict_of(findings: Findings, groups: Mapping[str, range]) -> list[str]:
     ]
 
 
+def threshold_of(verdict: Verdict) -> str:
+    """Which ratio the threshold is."""
+    which = "the lowest" if verdict.rank == 1 else f"number {verdict.rank} from below"
+    return f"{which} of the ratios of {verdict.known} training pictures"
+
+
 def sheet(
     recipe: ModelAuditRecipe, drawn: Folder, source: Source, findings: Findings, looking: Looking
 ) -> Image.Image:
@@ -176,8 +189,8 @@ def write(recipe: ModelAuditRecipe, lines: Sequence[str], facts: Mapping[str, An
     parts = [
         *("# Learnt by heart?", "", *lines, ""),
         "A copy: its distance to the nearest training picture, over the mean of its 50 nearest, is below the "
-        f"threshold, the ratio below which {recipe.quantile:.1%} of {recipe.known} training pictures lie, "
-        "each back from the autoencoder and against all but itself. True ones found: the share of these "
+        f"threshold, {facts['protocol']['threshold']}, each back from the autoencoder and against all but "
+        "itself. True ones found: the share of these "
         "that are told as copies of themselves. It takes so many copies for a chance below "
         f"{SIGNIFICANT:g}. Pixels are averaged to {GRID}x{GRID}.",
         *("", "![the nearest by pixels: drawn, and beside it the training picture](sheet.png)", ""),
@@ -214,7 +227,7 @@ def audit(recipe: ModelAuditRecipe) -> Path:
         "ema": averaged(str(home)),
         "data": f"{findings.trained} pictures came by, of {source.description}",
         "extractor": f"{extractor.name}, {extractor.digest[:16]}" if extractor else "none",
-        "known": recipe.known,
+        "threshold": threshold_of(findings.verdicts[PIXELS]),
         "quantile": recipe.quantile,
         "torch": str(torch.__version__),
     }

@@ -67,6 +67,10 @@ def check_model(pipe: LatentDiffusionPipeline, latents: Latents) -> None:
             f"{pipe.vae.config.latent_channels}: inpainting, upscaling and SDXL models see more than a "
             "picture and its caption, and no validation here shows it to them"
         )
+    if config.time_cond_proj_dim is not None:
+        raise ValueError(
+            "this model was distilled with its guidance and answers guided: no validation here asks for that"
+        )
     told = len(latents.classes) + 1 if latents.classes else None
     if config.num_class_embeds != told:
         raise ValueError(

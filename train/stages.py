@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, TypeVar
@@ -56,7 +56,7 @@ def train_stages(recipe: DiffusionRecipe) -> Iterator[Passed]:
     Ends after a stage that stopped early. Raises ValueError for what the recipe got wrong.
     """
     words = recipe.text_encoder.path
-    check_batches(recipe)
+    check_batches([recipe, *([text_encoder_stage(recipe)] if is_recipe(words) else [])])
     if words and not is_recipe(words):
         build_text_encoder(recipe.text_encoder, [])  # a folder that holds none is found out now
     start_folder(recipe)  # likewise
@@ -92,7 +92,9 @@ def train_stages(recipe: DiffusionRecipe) -> Iterator[Passed]:
 
 def autoencoder_stages(recipe: AutoencoderRecipe) -> Iterator[Passed]:
     """Train an autoencoder, and first the one from which it grows, where the recipe names a recipe for it."""
-    if small := small_recipe(recipe):
+    small = small_recipe(recipe)
+    check_batches([recipe, *([small] if small else [])])
+    if small:
         yield (passed := trained("small autoencoder", Autoencoding(small), small))
         if passed.exit_code:
             return
@@ -100,13 +102,8 @@ def autoencoder_stages(recipe: AutoencoderRecipe) -> Iterator[Passed]:
     yield trained("autoencoder", Autoencoding(recipe), recipe)
 
 
-def check_batches(recipe: DiffusionRecipe) -> None:
+def check_batches(stages: Sequence[FitConfig]) -> None:
     """Raises ValueError if the ranks cannot share the batches of a stage: not after days of another stage."""
-    stages: list[FitConfig] = [recipe]
-    if is_recipe(recipe.autoencoder):
-        stages.append(autoencoder_stage(recipe))
-    if is_recipe(recipe.text_encoder.path):
-        stages.append(text_encoder_stage(recipe))
     for stage in stages:
         split_batch(stage.batch_size, PartialState(cpu=cpu_only()).num_processes, stage.micro_batch)
 

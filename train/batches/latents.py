@@ -140,17 +140,18 @@ class Latents:
         return texts[min(bisect(self.chances[index], which), len(texts) - 1)]
 
 
-def autoencoder_folder(path: str | Path) -> Path:
+def autoencoder_folder(path: str | Path, option: str = "autoencoder") -> Path:
     """The folder of the autoencoder itself: `path`, its model/ (of a run) or its vae/ (of a pipeline).
 
-    Raises ValueError if there is none.
+    option: that names it. Raises ValueError if there is none.
     """
     for folder in (Path(path), Path(path, "model"), Path(path, "vae"), Path(path, "model", "vae")):
         if (folder / "config.json").is_file():
             return folder
+    also = "" if option == "start" else ", or a recipe (.yaml) that trains one first"
     raise ValueError(
-        f"autoencoder={str(path)!r} holds none: name a folder that train_autoencoder.py wrote, a pipeline "
-        "folder, or a recipe (.yaml) that trains one first"
+        f"{option}={str(path)!r} holds no autoencoder: name a folder that train_autoencoder.py wrote, or a "
+        f"pipeline folder{also}"
     )
 
 

@@ -108,12 +108,17 @@ def look_for_copies(
 
     drawn: squares of `size` pixels. known: training pictures that set the threshold, at `quantile` of their
     ratios. workers: processes that read or draw the training pictures; 0: this one.
-    Raises ValueError for a source of which fewer than three pictures can be read.
+    Raises ValueError for a source of which fewer than three pictures can be read, or none of the known.
     """
     every = Looking(source, size, extractor)
     squares = [(place, every.square(place)) for place in spread(len(source), known)]
     chosen = [(place, image) for place, image in squares if image is not None]
-    back = through(vae, torch.stack([to_tensor(image) for _, image in chosen])) if chosen else torch.zeros(0)
+    if not chosen:
+        raise ValueError(
+            f"none of the {len(squares)} training pictures that set the threshold can be decoded: ask for "
+            "more, by --known"
+        )
+    back = through(vae, torch.stack([to_tensor(image) for _, image in chosen]))
     asked = [*((-1, image) for image in drawn), *((p, i) for (p, _), i in zip(chosen, to_images(back)))]
     queries = vectors(every.looks(asked), extractor)
     near = {way: Neighbours(rows, AROUND + 1) for way, rows in queries.items()}

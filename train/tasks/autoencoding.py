@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autoencoder.discriminator import AdversaryConfig
 from autoencoder.equivariance import shrink, shrunk_sides, turn
-from autoencoder.growth import grown
+from autoencoder.growth import check_growth, grown
 from autoencoder.loss import ReconstructionConfig
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig, Posterior
 from ldm.diffusion.noise import key
@@ -104,11 +104,21 @@ class AutoencoderRecipe(FitConfig):
 
 
 def small_recipe(recipe: AutoencoderRecipe) -> AutoencoderRecipe | None:
-    """The recipe that recipe.grow names, if it names one, on the same pictures at half their size."""
+    """The recipe that recipe.grow names, if it names one, on the same pictures at half their size.
+
+    Raises ValueError, before anything trains, if the model cannot grow from it.
+    """
     if not is_recipe(recipe.grow):
         return None
+    small = read_recipe(AutoencoderRecipe, str(recipe.grow))
+    if is_recipe(small.grow):
+        raise ValueError(
+            f"grow={recipe.grow!r} grows itself, from grow={small.grow!r}: train it first, "
+            "and name its folder"
+        )
+    check_growth(small.model, recipe.model)
     return dataclasses.replace(
-        read_recipe(AutoencoderRecipe, str(recipe.grow)),
+        small,
         data=dataclasses.replace(recipe.data, size=recipe.data.size // 2),
         output=str(Path(recipe.output, "small")),
         precision=recipe.precision,
@@ -127,7 +137,9 @@ class Autoencoding:
         self.buckets = [range(self.length)]
         torch.manual_seed(recipe.seed)  # initial weights
         self.small = (
-            None if recipe.grow is None else load_model(AutoencoderKL, autoencoder_folder(recipe.grow))
+            None
+            if recipe.grow is None
+            else load_model(AutoencoderKL, autoencoder_folder(recipe.grow, "grow"))
         )
         self.vae = self.build()
         self.vae.encoder.requires_grad_(recipe.train_encoder)
@@ -166,7 +178,7 @@ class Autoencoding:
             return grown(self.small, self.recipe.model)
         if self.recipe.start is None:
             return AutoencoderKL(self.recipe.model)
-        folder = autoencoder_folder(self.recipe.start)
+        folder = autoencoder_folder(self.recipe.start, "start")
         vae = load_model(AutoencoderKL, folder)
         measured = ("scaling_factor", *AutoencoderKLConfig.OPTIONAL)
         own = {name: getattr(vae.config, name) for name in measured}

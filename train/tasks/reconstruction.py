@@ -167,7 +167,7 @@ class Growth(Reconstruction):
         self.known: Callable[[Tensor], Posterior] = lambda image: small.to(image.device).encode(image)
 
     def given(self, posterior: Posterior, image: Tensor) -> Posterior:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):  # as the cache is filled
             return self.known(shrink(image, (image.shape[2] // 2, image.shape[3] // 2)))
 
     def encoder_loss(
