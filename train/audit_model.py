@@ -50,9 +50,9 @@ from train.config import parse
 from train.data.captions import every
 from train.data.source import Source
 from train.data.sources import STYLES, DataConfig, open_source
-from train.measure.finished import pipeline_folder
 from train.measure.judge import SEED_ASKED
 from train.measure.memory import GRID, PIXELS, Findings, Looking, look_for_copies
+from train.tasks.models import pipeline_folder
 
 TRAINED, UNSEEN, GIVEN = "captions of the training", "combinations never shown", "as given"
 

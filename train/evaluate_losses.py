@@ -39,8 +39,8 @@ from train.command import command
 from train.config import parse
 from train.data.sources import DataConfig
 from train.fit.loop import cpu_only
-from train.measure.finished import pipeline_folder
 from train.tasks.diffusion import validation_losses
+from train.tasks.models import pipeline_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ from train.batches.cache import cached_latents
 from train.batches.latents import autoencoder_folder
 from train.command import carry_out, command
 from train.config import parse
-from train.tasks.classifying import ClassifierRecipe, Classifying, model_folder
+from train.tasks.classifying import ClassifierRecipe, Classifying
+from train.tasks.models import named_folder
 
 DEFAULT = "configs/pictograms-classifier.yaml"
 
@@ -30,7 +31,7 @@ DEFAULT = "configs/pictograms-classifier.yaml"
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit code, 75 when stopped early and resumable."""
     recipe = parse(ClassifierRecipe, sys.argv[1:] if argv is None else argv, DEFAULT, __doc__ or "")
-    folder = model_folder(recipe)
+    folder = named_folder(recipe.model)
     latents = cached_latents(recipe, autoencoder_folder(folder))
     return carry_out("classifier", Classifying(recipe, folder, latents), recipe)
 

@@ -23,10 +23,8 @@ from ldm.diffusion.objective import stratified_timesteps
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.drawing.classifier_folder import TrainedClassifier
 from ldm.files.checkpoint import load_model
-from ldm.files.hub import find_folder
 from ldm.formats.stock import scheduler_json
 from ldm.model.architecture import UNetConfig
-from ldm.pipeline import BUNDLED
 from train.batches.cache import CachedConfig
 from train.batches.latents import Latents, autoencoder_folder
 from train.batches.plan import Draw, fixed_draws, normal, spread
@@ -78,10 +76,6 @@ class ClassifierRecipe(CachedConfig):
             dropout=self.dropout,
             resnet_time_scale_shift="scale_shift",
         )
-
-
-def model_folder(recipe: ClassifierRecipe) -> Path:
-    return BUNDLED if recipe.model == "bundled" else find_folder(recipe.model)
 
 
 class Classification(nn.Module):

@@ -45,17 +45,9 @@ class Reconstruction(nn.Module):
         self.discriminator = PatchDiscriminator(adversary) if adversary.weight else None
         self.log_scale = nn.Parameter(torch.zeros(())) if config.variance else None
 
-    def forward(
-        self,
-        image: Tensor,
-        noise: Tensor,
-        added: Tensor | None = None,
-        transformed: Tensor | None = None,
-        turns: Tensor | None = None,
-        adversarial: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, image: Tensor, *rest: Tensor, **named: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss (B,) and its parts. image: (B, 3, H, W); the rest as of `losses`."""
-        return self.losses(self.vae.encode(image), image, noise, added, transformed, turns, adversarial)
+        return self.losses(self.vae.encode(image), image, *rest, **named)
 
     def losses(
         self,

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 from ldm.diffusion.scheduler import Scheduler
 from ldm.files.config import read_config, read_json
-from ldm.files.hub import find_folder
 from ldm.formats.parts import DEFAULTS
 from ldm.formats.stock import SD, read_index
 from ldm.model.unet import UNetConfig
-from ldm.pipeline import BUNDLED
 from ldm.recipes.options import Defaults
 from train.batches.cache import CachedConfig, cached_latents
 from train.batches.latents import Latents, autoencoder_folder
@@ -31,6 +29,7 @@ from train.fit.shards import wants_shards
 from train.fit.state import FitConfig
 from train.tasks.denoising import Diffusion, ObjectiveConfig
 from train.tasks.diffusion import DiffusionRecipe, LatentDiffusion
+from train.tasks.models import named_folder
 from train.tasks.text import TextConfig
 
 
@@ -62,7 +61,7 @@ class TuningRecipe(FurtherRecipe):
 
 def model_folder(recipe: FurtherRecipe) -> Path:
     """The folder of the model. Raises ValueError if it is none, or not of Stable Diffusion's kind."""
-    folder = BUNDLED if recipe.model == "bundled" else find_folder(recipe.model)
+    folder = named_folder(recipe.model)
     layout, _ = read_index(folder)
     if layout is not SD:
         raise ValueError(

@@ -23,10 +23,9 @@ from ldm.diffusion.noise import generator
 from ldm.diffusion.objective import WEIGHTS, diffusion_loss, stratified_timesteps
 from ldm.diffusion.scheduler import Scheduler
 from ldm.files.checkpoint import empty_model, load_model
-from ldm.files.hub import find_folder
 from ldm.formats.kinds import KINDS, MAX_NOISE_LEVEL
 from ldm.model.unet import UNet, UNetConfig, seeing
-from ldm.pipeline import BUNDLED, LatentDiffusionPipeline
+from ldm.pipeline import LatentDiffusionPipeline
 from ldm.recipes.options import Defaults
 from ldm.upscaling import STOCK_SCALE, LatentUpscalePipeline, bundled_folder, noised
 from train.batches.latents import autoencoder_folder
@@ -39,6 +38,7 @@ from train.data.squares import Squares
 from train.fit.checkpoint import weights_sha256
 from train.fit.state import FitConfig
 from train.tasks.denoising import frozen, frozen_latents
+from train.tasks.models import named_folder
 
 LEVELS = 4  # timesteps of a validation
 SHOWN = 4  # pictures of a preview
@@ -138,8 +138,7 @@ class Upscaling:
     def __init__(self, recipe: UpscalerRecipe) -> None:
         self.recipe, self.squares = recipe, Squares(recipe.data)
         self.buckets = [range(len(self.squares))]
-        folder = BUNDLED if recipe.model == "bundled" else find_folder(recipe.model)
-        model = LatentDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+        model = LatentDiffusionPipeline.from_pretrained(named_folder(recipe.model), dtype=torch.float32)
         vae = model.vae if recipe.autoencoder is None else other_autoencoder(recipe.autoencoder)
         torch.manual_seed(recipe.seed)  # initial weights
         self.pipe = LatentUpscalePipeline(

@@ -1,10 +1,16 @@
-"""Where a finished model is."""
+"""Where a model is that a training starts from, or that is measured."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ldm import pipeline
+from ldm.files.hub import find_folder
+
+
+def named_folder(name: str) -> Path:
+    """Of the model that a recipe names by folder, hub id or "bundled". Raises ValueError if there is none."""
+    return pipeline.BUNDLED if name == "bundled" else find_folder(name)
 
 
 def pipeline_folder(path: str | None) -> Path:
