@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -31,7 +32,7 @@ SIDES: dict[str | None, tuple[float, float, float]] = {
     "big": (0.80, 0.48, 0.33),
 }
 CAPTIONS = 5  # captions a scene
-DRAWING = 2  # to be raised when the pixels or captions of a scene change: what was made of them is stale
+DRAWING = 3  # to be raised when the pixels or captions of a scene change: what was made of them is stale
 
 SHADE = ((30, 36, 40), [round(0.6 * v) for v in range(256)])  # colour and strength of a figure's soft edge
 LIGHT = ((170, 200, 255), [v // 2 for v in range(256)])  # the same where it is dark
@@ -126,8 +127,18 @@ def combinations(subjects: tuple[str, ...], split: Split) -> tuple[tuple[str, st
     return tuple(one for one in every if held_out(*one) == wanted)
 
 
+@lru_cache(maxsize=64)
+def figures(subjects: tuple[str, ...]) -> tuple[tuple[tuple[str, str | None, str], ...], ...]:
+    """The combinations of training, those of one subject in one colour together: its places."""
+    return tuple(tuple(group) for _, group in groupby(combinations(subjects, "train"), lambda one: one[:2]))
+
+
 def describe(seed: int, index: int, subjects: tuple[str, ...], split: Split = "train") -> Scene:
-    """What scene `index` shows. Every combination of the split is equally likely; one in eight has no colour.
+    """What scene `index` shows; one in eight has no colour.
+
+    Training sees each subject in each colour equally often, also one that has few places left: what is held
+    out shall be a place that it never stood in, and no rarer figure. Of the combinations held out each is
+    equally likely.
 
     Raises ValueError if no combination of the subjects is in the split.
     """
@@ -135,6 +146,9 @@ def describe(seed: int, index: int, subjects: tuple[str, ...], split: Split = "t
     if not choices:
         raise ValueError(f"no combination of subjects={list(subjects)} is in split={split!r}: name more")
     rng = rng_of(seed, index, "scene")
+    if split == "train":
+        alike = figures(subjects)
+        choices = alike[int(rng.integers(len(alike)))]
     subject, colour, place = choices[int(rng.integers(len(choices)))]
     size = (None, "small", "big")[int(np.searchsorted((0.5, 0.72), rng.random(), side="right"))]
     count = 1 + int(np.searchsorted((0.70, 0.88), rng.random(), side="right"))
