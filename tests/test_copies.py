@@ -100,11 +100,12 @@ def test_a_model_is_audited(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "BATCH", 16)
     tiny_pipeline().save_pretrained(tmp_path / "model")
     words = ["--model", str(tmp_path / "model"), "--data.source", "shapes", "--data.size", "32"]
-    words += ["--data.length", "40", "--count", "3", "--known", "20", "--quantile", "0.05", "--pairs", "4"]
+    words += ["--data.length", "40", "--known", "20", "--quantile", "0.05", "--pairs", "4"]
     words += ["--extractor", "random-conv"]
     told = []
     for workers in ("0", "2"):
-        assert audit_model.main([*words, "--output", str(tmp_path / "out"), "--workers", workers]) == 0
+        more = ["--output", str(tmp_path / "out"), "--workers", workers, "--count", "3"]
+        assert audit_model.main([*words, *more]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path}/out/report.md"
         told.append((tmp_path / "out/report.md").read_text())
     assert told[0] == told[1]
@@ -112,26 +113,23 @@ def test_a_model_is_audited(tmp_path, monkeypatch, capsys):
     assert "| combinations never shown | random-conv |" in told[0]
     assert len(json.loads((tmp_path / "out/copies.json").read_text())["pictures"]) == 6
     assert (tmp_path / "out/sheet.png").is_file()
-    words += [
-        "--drawn",
-        str(tmp_path / "out/pictures"),
-        "--output",
-        str(tmp_path / "given"),
-        "--workers",
-        "0",
-    ]
-    assert audit_model.main(words) == 0
+    more = ["--drawn", str(tmp_path / "out/pictures"), "--output", str(tmp_path / "given"), "--workers", "0"]
+    assert audit_model.main([*words, *more]) == 0
     assert "| as given | pixels |" in (tmp_path / "given/report.md").read_text()
     assert not (tmp_path / "given/pictures").exists()
 
 
 @pytest.mark.parametrize(
-    ("option", "told"),
-    [("--count=1", "count=1: expected 2 or more"), ("--quantile=0.5", "quantile=0.5: expected above 0")],
+    ("options", "told"),
+    [
+        (["--count=1"], "count=1: expected 2 or more"),
+        (["--quantile=0.5"], "quantile=0.5: expected above 0"),
+        (["--drawn=x", "--seed=3"], "seed=3 with drawn='x': nothing is drawn, leave one out"),
+    ],
 )
-def test_what_no_audit_can_be(tmp_path, option, told):
+def test_what_no_audit_can_be(tmp_path, options, told):
     with pytest.raises(ValueError, match=told):
-        audit_model.main(["--output", str(tmp_path), option])
+        audit_model.main(["--output", str(tmp_path), *options])
 
 
 def test_duplicates_in_tars(tmp_path, monkeypatch):

@@ -109,7 +109,8 @@ def test_training_sees_a_figure_no_less_often_for_the_places_held_out():
     scenes = [describe(0, k, FEW) for k in range(9600)]  # 50 of each subject in each colour
     dogs = [s.place for s in scenes if (s.subject, s.colour) == ("dog", None)]
     cars = [s.place for s in scenes if (s.subject, s.colour) == ("car", "red")]
-    assert len(dogs) == pytest.approx(50, abs=20) and len(cars) == pytest.approx(50, abs=20)
+    assert len(dogs) == pytest.approx(50, abs=20)
+    assert len(cars) == pytest.approx(50, abs=20)
     assert (len(set(dogs)), len(set(cars))) == (3, 7)
 
 

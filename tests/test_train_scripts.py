@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from autoencoder.vae import AutoencoderKL
+from ldm.files.checkpoint import save_model
 from ldm.model.unet import UNet
 from ldm.pipeline import LatentDiffusionPipeline
 from tests.test_fit import OPTIM, ROOT, TEXT, VAE, Toy, diffusion_recipe, losses, state, toy_config
 from train import train_autoencoder, train_ldm
+from train.batches.cache import made_up
+from train.batches.encoding import compute_latents
 from train.config import to_yaml
 from train.data.sources import DataConfig
 from train.fit.checkpoint import load_checkpoint
@@ -258,3 +262,16 @@ def test_a_plan_tells_what_every_stage_takes_and_leaves_nothing(tmp_path, capsys
     ]
     assert "at 2.5 an hour and rank; nothing was written" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_pictures_of_no_whole_number_of_cells_are_refused_by_plan_and_run(tmp_path):
+    """Before a latent is computed or a source is opened."""
+    five = {"down_block_types": ("DownEncoderBlock2D",) * 5, "up_block_types": ("UpDecoderBlock2D",) * 5}
+    config = replace(VAE, block_out_channels=(8,) * 5, **five)  # cells of 16 pixels
+    save_model(AutoencoderKL(config), tmp_path / "f16")
+    data, told = DataConfig(size=40, length=2), "pictures of 40x40 are not multiples of 16 pixels"
+    with pytest.raises(ValueError, match=told):
+        made_up(data, config)
+    with pytest.raises(ValueError, match=told):
+        compute_latents(data, tmp_path / "f16", tmp_path / "latents")
+    assert not (tmp_path / "latents").exists()

@@ -78,6 +78,10 @@ class ModelAuditRecipe:
         for name, least in (("count", 2), ("known", 2), ("pairs", 1), ("workers", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: expected {least} or more")
+        for name in ("count", "seed", "overwrite"):
+            value, usual = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if self.drawn is not None and value != usual:
+                raise ValueError(f"{name}={value} with drawn={self.drawn!r}: nothing is drawn, leave one out")
         if not 0 < self.quantile < 0.5:
             raise ValueError(f"quantile={self.quantile}: expected above 0 and below 0.5; 0.001 is usual")
 

@@ -22,7 +22,7 @@ from train.data.sources import open_source
 from train.fit.loop import cpu_only, fit
 from train.fit.record import minutes, training_seconds
 from train.fit.state import FitConfig, Task
-from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding, small_recipe
+from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding, lineage, stage_name
 from train.tasks.contrastive import Contrastive, ContrastiveRecipe
 from train.tasks.diffusion import (
     DiffusionRecipe,
@@ -91,15 +91,16 @@ def train_stages(recipe: DiffusionRecipe) -> Iterator[Passed]:
 
 
 def autoencoder_stages(recipe: AutoencoderRecipe) -> Iterator[Passed]:
-    """Train an autoencoder, and first the one from which it grows, where the recipe names a recipe for it."""
-    small = small_recipe(recipe)
-    check_batches([recipe, *([small] if small else [])])
-    if small:
-        yield (passed := trained("small autoencoder", Autoencoding(small), small))
+    """Train an autoencoder, and first those from which it grows, where recipes are named for them."""
+    recipes = lineage(recipe)
+    check_batches(recipes)
+    grow = recipes[0].grow
+    for number, one in enumerate(recipes):
+        one = dataclasses.replace(one, grow=grow)
+        yield (passed := trained(stage_name(number, len(recipes)), Autoencoding(one), one))
         if passed.exit_code:
             return
-        recipe = dataclasses.replace(recipe, grow=str(passed.folder))
-    yield trained("autoencoder", Autoencoding(recipe), recipe)
+        grow = str(passed.folder)
 
 
 def check_batches(stages: Sequence[FitConfig]) -> None:

@@ -4,8 +4,8 @@
   accelerate launch train/train_autoencoder.py --data.source my_pictures --data.size 128
   python train/train_autoencoder.py --config configs/pictograms-autoencoder.yaml
 
-The last grows: it first trains the autoencoder of a smaller size that its `grow` names and then gives it one
-level more, for pictures twice as large, with the same latents: what draws on them goes on drawing.
+The last grows: it first trains one for pictures half as large, gives that a level more and then its decoder
+more width, as the recipes say that `grow` names. The latents stay the same: what draws on them goes on drawing.
 
 The run folder gets checkpoints, metrics.jsonl, samples/ and, at the end, model/: the autoencoder as stock
 diffusers reads it. The same command goes on where it stopped.

@@ -9,7 +9,8 @@ import torch
 
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig
 from ldm.files.checkpoint import load_model
-from train.batches.encoding import compute_latents
+from train.batches.buckets import Size
+from train.batches.encoding import check_sizes, compute_latents
 from train.batches.latents import Bucket, CacheKey, Latents
 from train.data.captions import every
 from train.data.sources import DataConfig, open_source
@@ -43,10 +44,11 @@ def cached_latents(recipe: CachedConfig, autoencoder: Path, masks: bool = False)
 
 
 def made_up(data: DataConfig, model: AutoencoderKLConfig) -> Latents:
-    """Square latents of the data's size, with captions of the data."""
+    """Square latents of the data's size, with captions of the data. Raises ValueError as compute_latents."""
+    factor = 2 ** (len(model.block_out_channels) - 1)
+    check_sizes([Size(data.size, data.size)], factor)
     source = open_source(data)
     count = min(CAPTIONS, len(source))
-    factor = 2 ** (len(model.block_out_channels) - 1)
     side = data.size // factor
     rng = torch.Generator().manual_seed(0)
     mean = torch.randn(count, 1, model.latent_channels, side, side, generator=rng).half()

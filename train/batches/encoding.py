@@ -72,7 +72,8 @@ def compute_latents(
     if pictures is not None:
         buckets = some_of(buckets, pictures)
     vae = load_encoder(autoencoder, state.device)
-    check_sizes([*buckets.sizes, Size(data.size, data.size)], vae)  # the last for the pictures of a preview
+    square = Size(data.size, data.size)  # for the pictures of a preview
+    check_sizes([*buckets.sizes, square], vae.downsample_factor)
     description = source.description + ("" if pictures is None else f", {pictures} evenly spread")
     key = key_of(vae, description, buckets, data)
     if accept_new_data and state.is_main_process:
@@ -138,12 +139,12 @@ def shards_of(buckets: Buckets) -> list[Shard]:
     return [Shard(number, *piece) for number, piece in enumerate(pieces)]
 
 
-def check_sizes(sizes: Sequence[Size], vae: AutoencoderKL) -> None:
-    """Raises ValueError if pictures of a size give no whole number of latent cells."""
+def check_sizes(sizes: Sequence[Size], factor: int) -> None:
+    """Raises ValueError if pictures of a size give no whole number of latent cells, of `factor` pixels."""
     for size in sizes:
-        if size.width % vae.downsample_factor or size.height % vae.downsample_factor:
+        if size.width % factor or size.height % factor:
             raise ValueError(
-                f"pictures of {size} are not multiples of {vae.downsample_factor} pixels, the autoencoder's "
+                f"pictures of {size} are not multiples of {factor} pixels, the autoencoder's "
                 "factor: mend data.size or data.side_multiple"
             )
 

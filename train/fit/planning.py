@@ -28,7 +28,7 @@ from train.fit.loop import choose_precision, cpu_only, prepare, train_step, work
 from train.fit.optim import optimizer_tensors
 from train.fit.shards import wants_shards
 from train.fit.state import FitConfig, State, Task
-from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding, small_recipe
+from train.tasks.autoencoding import AutoencoderRecipe, Autoencoding, lineage, stage_name
 from train.tasks.contrastive import Contrastive, ContrastiveRecipe
 from train.tasks.diffusion import DiffusionRecipe, LatentDiffusion
 
@@ -185,9 +185,11 @@ def stages_of(
 
 
 def autoencoder_plan(recipe: AutoencoderRecipe, folder: Path) -> Iterator[Stage]:
-    """What training an autoencoder takes, and first the one from which it grows. folder: temporary."""
-    if small := small_recipe(recipe):
-        yield Stage("small autoencoder", Autoencoding(small), small)
-        save_model(AutoencoderKL(small.model), folder / "small")
-        recipe = dataclasses.replace(recipe, grow=str(folder / "small"))
-    yield Stage("autoencoder", Autoencoding(recipe), recipe)
+    """What training an autoencoder takes, and first those from which it grows. folder: temporary."""
+    recipes = lineage(recipe)
+    grow = recipes[0].grow
+    for number, one in enumerate(recipes):
+        one = dataclasses.replace(one, grow=grow)
+        yield Stage(stage_name(number, len(recipes)), Autoencoding(one), one)
+        grow = str(folder / f"autoencoder-{number}")
+        save_model(AutoencoderKL(one.model), Path(grow))

@@ -45,7 +45,7 @@ class AutoencoderRecipe(FitConfig):
     loss: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     start: str | None = None  # folder of a trained one to go on from; null: new weights
-    grow: str | None = None  # trained one (folder or .yaml) of pictures half as large: keep its latents
+    grow: str | None = None  # trained one (folder or .yaml), narrower or a level less: keep its latents
     train_encoder: bool = True  # false: only the decoder learns, and latents computed before stay valid
     latent_noise: float = 0.0  # of a decoder that learns alone: deviation, at most, of noise on its latents
     measured: int = 2048  # pictures over which the scale of the latents and the error are measured at the end
@@ -69,8 +69,10 @@ class AutoencoderRecipe(FitConfig):
                 f"data.size={self.data.size}: a discriminator with adversary.layers={self.adversary.layers} "
                 f"needs {self.adversary.smallest} pixels a side; take fewer layers"
             )
-        if not self.train_encoder and self.start is None:
-            raise ValueError("train_encoder=false needs start: the encoder of new weights knows nothing")
+        if not self.train_encoder and self.start is None and self.grow is None:
+            raise ValueError(
+                "train_encoder=false needs start or grow: the encoder of new weights knows nothing"
+            )
         if self.latent_noise < 0 or (self.latent_noise and self.train_encoder and self.grow is None):
             raise ValueError(
                 f"latent_noise={self.latent_noise}: expected 0, or more with train_encoder=false or grow, "
@@ -83,11 +85,8 @@ class AutoencoderRecipe(FitConfig):
 
     def check_growth(self) -> None:
         """Raises ValueError for what does not go with grow."""
-        if self.start is not None or not self.train_encoder:
-            raise ValueError(
-                "grow starts from the small autoencoder and teaches both halves: leave out start and "
-                "train_encoder"
-            )
+        if self.start is not None:
+            raise ValueError(f"grow starts from the small autoencoder: leave out start={self.start!r}")
         if self.loss.half_size or self.loss.equivariance:
             raise ValueError(
                 "grow keeps the latents of the small autoencoder: loss.half_size and loss.equivariance, "
@@ -103,28 +102,34 @@ class AutoencoderRecipe(FitConfig):
         return dataclasses.replace(self.loss, equivariance=weight)
 
 
-def small_recipe(recipe: AutoencoderRecipe) -> AutoencoderRecipe | None:
-    """The recipe that recipe.grow names, if it names one, on the same pictures at half their size.
+def lineage(recipe: AutoencoderRecipe, grown: tuple[str, ...] = ()) -> list[AutoencoderRecipe]:
+    """The recipe and, before it, those that it grows from, the first of them first; grown: seen before.
 
-    Raises ValueError, before anything trains, if the model cannot grow from it.
+    They train on the same pictures, at half their size where there is a level less. Raises ValueError, before
+    anything trains, if one cannot grow from that before it.
     """
     if not is_recipe(recipe.grow):
-        return None
+        return [recipe]
+    path = str(Path(str(recipe.grow)).resolve())
+    if path in grown:
+        raise ValueError(f"grow={recipe.grow!r} grows from itself: one of these recipes must start anew")
     small = read_recipe(AutoencoderRecipe, str(recipe.grow))
-    if is_recipe(small.grow):
-        raise ValueError(
-            f"grow={recipe.grow!r} grows itself, from grow={small.grow!r}: train it first, "
-            "and name its folder"
-        )
-    check_growth(small.model, recipe.model)
-    return dataclasses.replace(
+    check_growth(small.model, recipe.model, keep_encoder=not recipe.train_encoder)
+    levels = len(recipe.model.block_out_channels) - len(small.model.block_out_channels)
+    before = dataclasses.replace(
         small,
-        data=dataclasses.replace(recipe.data, size=recipe.data.size // 2),
+        data=dataclasses.replace(recipe.data, size=recipe.data.size // 2**levels),
         output=str(Path(recipe.output, "small")),
         precision=recipe.precision,
         max_minutes=recipe.max_minutes,
         accept_new_data=recipe.accept_new_data,
     )
+    return [*lineage(before, (*grown, path)), recipe]
+
+
+def stage_name(number: int, count: int) -> str:
+    """What the autoencoder is called that is `number`, from 0, of the `count` of a lineage."""
+    return "autoencoder" if count == 1 else f"autoencoder {number + 1} of {count}"
 
 
 class Autoencoding:
@@ -175,6 +180,7 @@ class Autoencoding:
     def build(self) -> AutoencoderKL:
         """New weights, or those of recipe.start or recipe.grow. Raises ValueError if these do not fit."""
         if self.small is not None:
+            check_growth(self.small.config, self.recipe.model, keep_encoder=not self.recipe.train_encoder)
             return grown(self.small, self.recipe.model)
         if self.recipe.start is None:
             return AutoencoderKL(self.recipe.model)
@@ -189,7 +195,7 @@ class Autoencoding:
     def with_loss(self) -> Reconstruction:
         """The autoencoder with its loss."""
         recipe = self.recipe
-        if self.small is not None:
+        if self.small is not None and recipe.train_encoder:
             return Growth(self.vae, self.small, self.terms, recipe.adversary, self.distance)
         return Reconstruction(self.vae, self.terms, recipe.adversary, self.distance)
 

@@ -142,8 +142,8 @@ class Reconstruction(nn.Module):
 
 
 class Growth(Reconstruction):
-    """An autoencoder that takes over the latents of a small one: its decoder gets these, of pictures half as
-    large, and its encoder learns to give the same. The small one is called, and is no part of this module.
+    """An autoencoder that takes over the latents of a small one: its decoder gets these, of pictures as much
+    smaller, and its encoder learns to give the same. The small one is called, and is no part of this module.
     """
 
     def __init__(
@@ -157,10 +157,11 @@ class Growth(Reconstruction):
         super().__init__(vae, config, adversary, distance)
         small.eval().requires_grad_(False)
         self.known: Callable[[Tensor], Posterior] = lambda image: small.to(image.device).encode(image)
+        self.times = vae.downsample_factor // small.downsample_factor
 
     def given(self, posterior: Posterior, image: Tensor) -> Posterior:
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):  # as the cache is filled
-            return self.known(shrink(image, (image.shape[2] // 2, image.shape[3] // 2)))
+            return self.known(shrink(image, (image.shape[2] // self.times, image.shape[3] // self.times)))
 
     def encoder_loss(
         self, posterior: Posterior, given: Posterior, image: Tensor
