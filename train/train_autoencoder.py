@@ -5,7 +5,7 @@
   python train/train_autoencoder.py --config configs/pictograms-autoencoder.yaml
 
 The last grows: it first trains one for pictures half as large, gives that a level more and then its decoder
-more width, as the recipes say that `grow` names. The latents stay the same: what draws on them goes on drawing.
+more width, as the recipes in `grow` say. The latents stay the same: what draws on them goes on drawing.
 
 The run folder gets checkpoints, metrics.jsonl, samples/ and, at the end, model/: the autoencoder as stock
 diffusers reads it. The same command goes on where it stopped.
