@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -29,6 +28,7 @@ from ldm.pipeline import LatentDiffusionPipeline
 from ldm.recipes.options import Defaults
 from tests.test_fit import OPTIM, losses, state, stop_at
 from tests.test_solvers import end_of_the_ode, gaussian
+from tests.test_train_scripts import plans_and_trains
 from tests.tiny import CAPTIONS, tiny_pipeline
 from train import train_consistency
 from train.batches.latents import Latents
@@ -385,10 +385,5 @@ def test_the_command_trains_and_plans(tmp_path, model, capsys):
     )
     argv += ["--data.source", "shapes", "--data.size", "16", "--data.length", "8", "--precision", "fp32"]
     argv += ["--sample-every", "2", "--validation-samples", "2", "--max-guidance-scale", "3"]
-    assert train_consistency.main([*argv, "--plan"]) == 0
-    assert re.search(r"student: 0\.\d+ M parameters trained", capsys.readouterr().out)
-    assert not (tmp_path / "run").exists()
-    assert train_consistency.main([*argv, "--max-minutes", "1e-9"]) == 75
-    assert train_consistency.main(argv) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "run/model")
+    plans_and_trains(train_consistency.main, argv, "student", capsys)
     assert len(list((tmp_path / "run/samples").iterdir())) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from ldm.diffusion.noise import start_noise
 from tests.test_fit import OPTIM, losses, state, stop_at
+from tests.test_train_scripts import plans_and_trains
 from tests.tiny import CAPTIONS, tiny_pipeline
 from train import train_inpainting
 from train.batches.buckets import Size
@@ -183,10 +183,5 @@ def test_the_command_trains_and_plans(tmp_path, model, capsys):
     )
     argv += ["--data.source", "shapes", "--data.size", "16", "--data.length", "8", "--precision", "fp32"]
     argv += ["--sample-every", "2", "--validation-samples", "2", "--masks.strokes", "1"]
-    assert train_inpainting.main([*argv, "--plan"]) == 0
-    assert re.search(r"inpainting: 0\.\d+ M parameters trained", capsys.readouterr().out)
-    assert not (tmp_path / "run").exists()
-    assert train_inpainting.main([*argv, "--max-minutes", "1e-9"]) == 75
-    assert train_inpainting.main(argv) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "run/model")
+    plans_and_trains(train_inpainting.main, argv, "inpainting", capsys)
     assert len(list((tmp_path / "run/samples").iterdir())) == 1

@@ -5,6 +5,7 @@ import hashlib
 import re
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from train.data.scenes import (
     WHERE,
     Scene,
     SceneSource,
+    Split,
     captions,
     combinations,
     describe,
@@ -92,10 +94,11 @@ def test_a_twentieth_is_held_out_for_ever():
     assert {colour for _, colour, _ in few} == {None, *COLOURS}
 
 
-@pytest.mark.parametrize("split", ["train", "held_out"])
+@pytest.mark.parametrize("split", get_args(Split))
 def test_a_split_yields_its_own_combinations_only(split):
+    kinds = {"train": {False}, "held_out": {True}, "all": {False, True}}[split]
     scenes = [describe(0, k, FEW, split) for k in range(1200)]
-    assert {held_out(s.subject, s.colour, s.place) for s in scenes} == {split == "held_out"}
+    assert {held_out(s.subject, s.colour, s.place) for s in scenes} == kinds
     seen = {(s.subject, s.colour, s.place) for s in scenes}
     assert len(seen) > 0.5 * len(combinations(FEW, split))
     assert {s.size for s in scenes} == set(SIDES)
@@ -288,7 +291,7 @@ def test_every_pictogram_is_in_the_font(font):
     ("options", "message"),
     [
         ({"style": "photos"}, "style='photos' is unknown: use one of shapes, pictograms"),
-        ({"split": "test"}, "split='test' is unknown: use train or held_out"),
+        ({"split": "test"}, "split='test' is unknown: use one of train, held_out, all"),
         ({"size": 8}, "size=8 pixels is too small"),
         ({"subjects": "most"}, "subjects='most' is unknown"),
         ({"subjects": ["circle", "fox"]}, "'fox' is none of the shapes"),

@@ -7,8 +7,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +48,21 @@ def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[s
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def plans_and_trains(main: Callable[[list[str]], int], argv: list[str], told: str, capsys: Any) -> Path:
+    """What every training command does: it plans and leaves no trace, stops at its minutes, goes on and ends.
+
+    argv names the output; told is what the plan calls what it trains. The folder of the model.
+    """
+    run = Path(argv[argv.index("--output") + 1])
+    assert main([*argv, "--plan"]) == 0
+    assert re.search(rf"{told}: 0\.\d+ M parameters trained", capsys.readouterr().out)
+    assert not run.exists()
+    assert main([*argv, "--max-minutes", "1e-9"]) == 75
+    assert main(argv) == 0
+    assert capsys.readouterr().out.strip() == str(run / "model")
+    return run / "model"
 
 
 @pytest.mark.slow

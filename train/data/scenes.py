@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -22,7 +22,7 @@ from train.data.painting import PLACES, flakes, paint
 from train.data.sprites import COLOURS, FEW, PICTOGRAMS, SHAPES, find_font, sprite
 
 Style = Literal["shapes", "pictograms"]
-Split = Literal["train", "held_out"]
+Split = Literal["train", "held_out", "all"]
 SUBJECTS: dict[str, tuple[str, ...]] = {"shapes": SHAPES, "pictograms": tuple(PICTOGRAMS)}
 
 # longer side of each subject in fractions of the picture, for 1, 2 and 3 of them
@@ -121,10 +121,9 @@ def held_out(subject: str, colour: str | None, place: str) -> bool:
 @lru_cache(maxsize=64)
 def combinations(subjects: tuple[str, ...], split: Split) -> tuple[tuple[str, str | None, str], ...]:
     """Every (subject, colour, place) of the split."""
-    wanted = split == "held_out"
     colours = (None, *COLOURS)
     every = ((subject, colour, place) for subject in subjects for colour in colours for place in PLACES)
-    return tuple(one for one in every if held_out(*one) == wanted)
+    return tuple(one for one in every if split == "all" or held_out(*one) == (split == "held_out"))
 
 
 @lru_cache(maxsize=64)
@@ -137,7 +136,7 @@ def describe(seed: int, index: int, subjects: tuple[str, ...], split: Split = "t
     """What scene `index` shows; one in eight has no colour.
 
     Training sees each subject in each colour equally often, also one that has few places left: what is held
-    out shall be a place that it never stood in, and no rarer figure. Of the combinations held out each is
+    out shall be a place that it never stood in, and no rarer figure. In other splits all combinations are
     equally likely.
 
     Raises ValueError if no combination of the subjects is in the split.
@@ -305,8 +304,8 @@ class SceneSource:
         """
         if style not in SUBJECTS:
             raise ValueError(f"style={style!r} is unknown: use one of {', '.join(SUBJECTS)}")
-        if split not in ("train", "held_out"):
-            raise ValueError(f"split={split!r} is unknown: use train or held_out")
+        if split not in get_args(Split):
+            raise ValueError(f"split={split!r} is unknown: use one of {', '.join(get_args(Split))}")
         if size < 16:
             raise ValueError(f"size={size} pixels is too small to show anything: use 16 or more")
         if isinstance(subjects, str):
@@ -368,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", default="sheet.png", help="the PNG to write")
     parser.add_argument("--style", default="pictograms", choices=list(SUBJECTS))
     parser.add_argument("--subjects", default="all", help="all, few, or names with commas")
-    parser.add_argument("--split", default="train", choices=["train", "held_out"])
+    parser.add_argument("--split", default="train", choices=get_args(Split))
     parser.add_argument("--size", type=int, default=64, help="side of a picture, in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=40)

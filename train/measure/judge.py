@@ -1,7 +1,8 @@
 """A judge of drawn scenes: does a picture show the place, colour, subject and count that its caption names?
 
-A small classifier learns them from scenes of combinations that training shows; its own accuracy is measured
-on scenes of held-out ones. What is taught here is read by ldm/metrics/judges.py.
+A small classifier learns them from scenes of all combinations: it judges what a model makes of those that
+training held out, and must know them as well as the others, or it would find fault with these alone. Its own
+accuracy is measured on other scenes of held-out ones. What is taught here is read by ldm/metrics/judges.py.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def kept_judge(folder: Path, book: Book, *, scenes: int, asked: int, tested: int
     scenes: that teach it. asked: captions of each split that it asks for. tested: drawn scenes on which it is
     judged itself, of held-out combinations where there are any.
     """
-    source = book(SEED_JUDGE, "train")
+    source = book(SEED_JUDGE, "all")
     taught = lesson(source, sees, scenes, asked, tested)
     note = folder / "judge.json"
     if note.is_file() and read_json(note).get("taught") == taught:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from autoencoder.discriminator import AdversaryConfig
 from autoencoder.equivariance import shrink, shrunk_sides, turn
-from autoencoder.growth import check_growth, grown
+from autoencoder.growth import MEASURED, check_growth, grown
 from autoencoder.loss import ReconstructionConfig
 from autoencoder.vae import AutoencoderKL, AutoencoderKLConfig, Posterior
 from ldm.diffusion.noise import key
@@ -186,8 +186,7 @@ class Autoencoding:
             return AutoencoderKL(self.recipe.model)
         folder = autoencoder_folder(self.recipe.start, "start")
         vae = load_model(AutoencoderKL, folder)
-        measured = ("scaling_factor", *AutoencoderKLConfig.OPTIONAL)
-        own = {name: getattr(vae.config, name) for name in measured}
+        own = {name: getattr(vae.config, name) for name in MEASURED}
         if dataclasses.replace(self.recipe.model, **own) != vae.config:
             raise ValueError(f"start: the autoencoder in {folder} is not of the recipe's model: {vae.config}")
         return vae
