@@ -10,6 +10,7 @@ Net2Net, section 2.3).
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,8 @@ def grown(small: AutoencoderKL, config: AutoencoderKLConfig) -> AutoencoderKL:
             old = straight(before.get(at.replace("conv_shortcut", "conv1")))
         if old is not None and is_multiple(old, new):
             weights[name] = widened(old, new.shape)
+            if ".to_q." in name:  # attention divides by the root of its channels, of which there are more
+                weights[name] *= math.sqrt(len(old) / len(new))
     vae.load_state_dict(weights)
     if levels:
         start_as_nothing(vae)

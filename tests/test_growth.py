@@ -85,13 +85,13 @@ def test_it_starts_as_the_small_one_of_half_the_size(small):
 
 
 def test_in_multiples_of_its_widths_it_computes_the_same(small):
-    """Also where a level's resnet gets a shortcut that it did not need before."""
+    """Also where a level's resnet gets a shortcut that it did not need before, and with attention."""
     little = load_model(AutoencoderKL, small)
-    same = replace(VAE, block_out_channels=(8, 8), scaling_factor=0.5)
+    same = replace(VAE, block_out_channels=(8, 8), mid_block_add_attention=True)
     for one, widths in ((little, WIDE.block_out_channels), (AutoencoderKL(same), (16, 24))):
         for p in one.parameters():
-            torch.nn.init.normal_(p, std=0.1)
-        vae = grown(one, replace(VAE, block_out_channels=widths))
+            torch.nn.init.normal_(p, std=0.3)
+        vae = grown(one, replace(one.config, block_out_channels=widths))
         shortcuts = sum("conv_shortcut" in name for name in vae.state_dict())
         image, latents = torch.randn(2, 3, 20, 28), torch.randn(2, VAE.latent_channels, 5, 7)
         with torch.no_grad():
