@@ -339,7 +339,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
     parser.add_argument("--steps", type=numbers, default="10,20,30,40,50", help="the first for other curves")
     parser.add_argument("--batches", type=numbers, default="1,2,4,8,16", help="pictures at once")
-    parser.add_argument("--sides", type=numbers, default="64,128,256,512", help="of pictures, in pixels")
+    parser.add_argument("--sides", type=numbers, default="128,256,512,768", help="of pictures, in pixels")
     parser.add_argument(
         "--memory-sides", type=numbers, default="64,128,256,512,1024", help="for memory alone"
     )

@@ -1,7 +1,7 @@
 """Has a model learnt pictures by heart? What it draws against every picture that it was trained on.
 
   python -m train.audit_model --output audit --data.source pictograms --data.subjects few --data.size 128 \\
-      --data.length 102400
+      --data.length 134400 --quantile 0.003
   python -m train.audit_model --output audit --model runs/mine --data.source photos --data.size 256 \\
       --extractor dinov2=dinov2-large
   python -m train.audit_model --output audit --model runs/mine --data.source photos --drawn pictures
