@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -35,7 +35,6 @@ from train.batches.latents import Latents
 from train.batches.plan import hold_out, spread
 from train.config import is_recipe, read_recipe, to_mapping
 from train.data.pictures import grid, to_tensor
-from train.data.scenes import Split
 from train.data.sources import STYLES, DataConfig, open_source
 from train.data.squares import Squares
 from train.fit.loop import cpu_only
@@ -159,7 +158,7 @@ def measure(
 
 def unseen_data(data: DataConfig, count: int) -> DataConfig:
     """Scenes of combinations that training does not show, where the subjects leave some out."""
-    split: Split = "held_out" if data.split == "train" else "train"
+    split: Literal["train", "held_out"] = "held_out" if data.split == "train" else "train"
     other = dataclasses.replace(data, split=split, scene_seed=SEED_TEST, length=count)
     try:
         open_source(other)
